@@ -127,10 +127,19 @@ class HandlerOutOfMemory(HandlerError):
 
 
 class WorkerFailed(MinServeError):
-    """The rank group failed while the request was in flight."""
+    """The rank group failed while the request was in flight, or while it started.
+
+    Args:
+        message: names model, worker, rank and cause.
+        last_lines: what the rank printed last: for the log and for operators, never for clients.
+    """
 
     status = 503
     retryable = True
+
+    def __init__(self, message: str, last_lines: tuple[str, ...] = ()) -> None:
+        super().__init__(message)
+        self.last_lines = last_lines
 
 
 class WorkerOutOfMemory(WorkerFailed):

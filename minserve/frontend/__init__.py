@@ -1,0 +1,1 @@
+"""HTTP in, HTTP out. Knows aiohttp; knows nothing of ranks."""

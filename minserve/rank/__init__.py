@@ -1,0 +1,1 @@
+"""What torchrun starts: one process for each rank. Never imports aiohttp; imports torch only through the handler."""

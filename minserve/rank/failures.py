@@ -6,6 +6,14 @@ only exist once the handler has imported it, so `sys.modules` is asked.
 
 from __future__ import annotations
 
+import sys
+import traceback
+
+from minserve.wire.messages import Failure
+
+MAX_TRACEBACK = 64 * 1024  # characters; the end of a traceback is what tells
+MAX_TEXT = 2000  # characters of an exception's text that reach a client
+
 
 class StageError(Exception):
     """A pipeline stage raised, and the pipeline helper has told every rank that waits for that stage.
@@ -29,3 +37,64 @@ class StageError(Exception):
         self.text = text
         self.place = place
         self.needs = needs
+
+
+def describe(error: BaseException, rank: int, world_size: int) -> Failure:
+    """An exception as the server needs it.
+
+    Ranks that fail alike report the same type and place; by that the server knows them to be in step.
+    """
+    text = "".join(traceback.format_exception(error))[-MAX_TRACEBACK:]
+    if isinstance(error, StageError):
+        return Failure("own", error.type_name, error.text, error.place, text, error.origin, error.needs)
+    return Failure(
+        kind=_kind(error),
+        type_name=type(error).__name__,
+        text=str(error)[:MAX_TEXT],
+        place=place_of(error),
+        traceback=text,
+        origin=rank,
+        needs=tuple(range(world_size)),
+        status=_status(error),
+    )
+
+
+def place_of(error: BaseException) -> str:
+    """`file:line` where an exception was raised."""
+    frames = traceback.extract_tb(error.__traceback__)
+    if not frames:
+        return ""
+    return f"{frames[-1].filename}:{frames[-1].lineno}"
+
+
+def _kind(error: BaseException) -> str:
+    torch = sys.modules.get("torch")
+    if isinstance(error, MemoryError) or _is(error, torch, "OutOfMemoryError"):
+        return "memory"
+    if _is(error, torch, "AcceleratorError") or "CUDA error" in str(error):
+        return "device"
+    if _is(error, sys.modules.get("torch.distributed"), "DistError") or _from_collective(error):
+        return "collective"
+    return "own"
+
+
+def _is(error: BaseException, module: object, name: str) -> bool:
+    """Whether it is an exception that torch defines, in the versions of torch that do."""
+    kind = getattr(module, name, None)
+    return isinstance(kind, type) and isinstance(error, kind)
+
+
+def _from_collective(error: BaseException) -> bool:
+    """gloo raises plain RuntimeErrors: only their place and text tell them from a handler's own."""
+    if type(error) is not RuntimeError:
+        return False
+    frames = traceback.extract_tb(error.__traceback__)
+    return bool(frames) and (
+        "torch/distributed/" in frames[-1].filename or "gloo" in str(error) or "NCCL" in str(error)
+    )
+
+
+def _status(error: BaseException) -> int:
+    """The HTTP status of a PredictionException, or of any exception that carries one as `error_code`."""
+    code = getattr(error, "error_code", 0)
+    return code if type(code) is int and 400 <= code <= 599 else 0

@@ -1,0 +1,1 @@
+"""What is served: the model store, and the models with their versions."""

@@ -1,0 +1,1 @@
+"""Bytes between the server and a rank: the only package that both halves import."""

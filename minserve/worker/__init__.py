@@ -1,0 +1,1 @@
+"""The server's side of a rank group: starting it, talking to its ranks, watching it, ending it."""

@@ -1,0 +1,1 @@
+../minilm/minilm.py

@@ -1,0 +1,193 @@
+"""The queue of one model version, and when a batch is cut from it.
+
+Batches are cut late. A request stays in the queue, where its deadline and its client's leaving can still take it out, until
+a worker has a free place. Then a batch is cut at once if `batch_size` requests wait or the oldest has waited `max_delay`.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import deque
+from typing import TYPE_CHECKING, Protocol
+
+from minserve.dispatch.clock import Alarm
+from minserve.errors import DeadlineExceeded, MinServeError, QueueFull
+
+if TYPE_CHECKING:
+    from minserve.dispatch.clock import Clock
+    from minserve.dispatch.request import Reply, Request
+
+
+class Lane(Protocol):
+    """What a worker is to the dispatcher: somewhere a batch can go."""
+
+    def has_place(self) -> bool:
+        """Whether a batch may be sent now: fewer than `inFlight` are under way, and every rank's link has room."""
+
+    def send(self, requests: list[Request]) -> None:
+        """Sends a batch to all ranks. From here on the lane answers these requests, whatever happens."""
+
+
+class Dispatcher:
+    """Bounded queue in front of the workers of one model version.
+
+    Args:
+        model: name for messages.
+        batch_size: most requests in a batch.
+        max_delay: seconds the oldest request may wait for company; 0 means none waits.
+        queue_limit: most requests that wait; those being worked on do not count.
+    """
+
+    def __init__(self, clock: Clock, model: str, batch_size: int, max_delay: float, queue_limit: int) -> None:
+        self._clock = clock
+        self._model = model
+        self._batch_size = batch_size
+        self._max_delay = max_delay
+        self._queue_limit = queue_limit
+        self._queue: deque[Request] = deque()
+        self._live: set[Request] = set()  # queued and in flight
+        self._lanes: deque[Lane] = deque()
+        self._refusal: MinServeError | None = None
+        self._cut_alarm = Alarm(clock, self._cut)
+        self._deadline_alarm = Alarm(clock, self._expire)
+        self._wake_pending = False
+
+    # ── for the frontend ──
+
+    async def submit(self, request: Request) -> Reply:
+        """Admits a request and waits for its answer. Cancelling the call takes it out of the queue.
+
+        Raises:
+            MinServeError: it was refused, expired, or failed with its worker.
+        """
+        if self._refusal is not None:
+            raise self._refusal.with_traceback(None)
+        if len(self._queue) >= self._queue_limit:
+            raise QueueFull(
+                f'Model "{self._model}": {len(self._queue)} requests wait already, jobQueueSize allows no more'
+            )
+        request.arrived = self._clock.time()
+        self._queue.append(request)
+        self._live.add(request)
+        self._deadline_alarm.at(request.deadline)
+        self.wake()
+        try:
+            return await request.reply
+        finally:
+            self._live.discard(request)
+            if not request.reply.done() or request.reply.cancelled():
+                self._withdraw(request)
+
+    @property
+    def queued(self) -> int:
+        """How many requests wait."""
+        return len(self._queue)
+
+    @property
+    def remaining(self) -> int:
+        """How many more may wait."""
+        return max(0, self._queue_limit - len(self._queue))
+
+    @property
+    def idle(self) -> bool:
+        """Whether no request is queued or in flight."""
+        return not self._live
+
+    # ── for the supervisor and the workers ──
+
+    def refuse(self, error: MinServeError) -> None:
+        """From now on no request is admitted, and those that wait are answered: `error` says why."""
+        self._refusal = error
+        self.fail_queued(error)
+
+    def admit_again(self) -> None:
+        """Takes a refusal back."""
+        self._refusal = None
+
+    def fail_queued(self, error: MinServeError) -> None:
+        """Answers every request that waits with an error."""
+        queue, self._queue = self._queue, deque()
+        for request in queue:
+            request.fail(error)
+
+    def attach(self, lane: Lane) -> None:
+        """A worker is ready for batches."""
+        self._lanes.append(lane)
+        self.wake()
+
+    def detach(self, lane: Lane) -> None:
+        """A worker takes no more batches."""
+        if lane in self._lanes:
+            self._lanes.remove(lane)
+
+    def wake(self) -> None:
+        """Something has changed that may let a batch go: a request, a free place, room on a link.
+
+        The cut happens once the loop has run what is ready, so that requests which arrived together travel together.
+        """
+        if self._queue and not self._wake_pending:
+            self._wake_pending = True
+            self._clock.call_soon(self._woken)
+
+    # ── inside ──
+
+    def _woken(self) -> None:
+        self._wake_pending = False
+        self._cut()
+
+    def _cut(self) -> None:
+        while self._queue:
+            if len(self._queue) < self._batch_size and self._max_delay:
+                due = self._queue[0].arrived + self._max_delay
+                if self._clock.time() < due:
+                    self._cut_alarm.at(due)
+                    return
+            lane = self._next_lane()
+            if lane is None:
+                return
+            batch = self._take()
+            if batch:
+                lane.send(batch)
+
+    def _next_lane(self) -> Lane | None:
+        for _ in range(len(self._lanes)):
+            lane = self._lanes[0]
+            self._lanes.rotate(-1)  # in turn, so that no worker of a lightly loaded model stays cold
+            if lane.has_place():
+                return lane
+        return None
+
+    def _take(self) -> list[Request]:
+        """Up to a batch of requests whose clients still wait."""
+        now = self._clock.time()
+        batch: list[Request] = []
+        while self._queue and len(batch) < self._batch_size:
+            request = self._queue.popleft()
+            if request.deadline <= now:
+                request.fail(self._too_late())
+            elif not request.reply.done():
+                batch.append(request)
+        return batch
+
+    def _withdraw(self, request: Request) -> None:
+        """The client has left. In flight the ranks finish all the same, and nobody takes the answer."""
+        try:
+            self._queue.remove(request)
+        except ValueError:
+            if request.stream is not None:
+                request.stream.mute()
+
+    def _expire(self) -> None:
+        """Answers whatever has passed its deadline. In flight that frees no place: the ranks still work on it."""
+        now = self._clock.time()
+        late = [request for request in self._live if request.deadline <= now]
+        for request in late:
+            request.fail(self._too_late())
+        if late:
+            self._queue = deque(request for request in self._queue if request.deadline > now)
+        self._deadline_alarm.at(
+            min((request.deadline for request in self._live if request.deadline > now), default=math.inf)
+        )
+
+    def _too_late(self) -> DeadlineExceeded:
+        return DeadlineExceeded(f'Model "{self._model}": no answer within the request\'s deadline')

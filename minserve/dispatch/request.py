@@ -1,0 +1,117 @@
+"""The nouns of a request's life, the same whatever protocol it came by."""
+
+from __future__ import annotations
+
+import asyncio
+import math
+from collections import deque
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from minserve.wire.messages import Answer, Buffer, RequestMeta
+
+
+class Stream:
+    """The chunks of one streaming answer on their way from rank 0 to the client."""
+
+    __slots__ = ("_chunks", "_ended", "_error", "_waiter", "muted")
+
+    def __init__(self) -> None:
+        self._chunks: deque[Buffer] = deque()
+        self._waiter: asyncio.Future[None] | None = None
+        self._ended = False
+        self._error: Exception | None = None
+        self.muted = False  # the client has left: what still comes is dropped
+
+    def put(self, chunk: Buffer) -> None:
+        """One more chunk."""
+        if not self.muted:
+            self._chunks.append(chunk)
+            self._wake()
+
+    def end(self, error: Exception | None = None) -> None:
+        """No more chunks will come; with an error, the answer is not whole."""
+        if not self._ended:
+            self._ended = True
+            self._error = error
+            self._wake()
+
+    def mute(self) -> None:
+        """The client has left."""
+        self.muted = True
+        self._chunks.clear()
+
+    async def next(self) -> Buffer | None:
+        """The next chunk, None at the end.
+
+        Raises:
+            MinServeError: the stream broke off.
+        """
+        while not self._chunks:
+            if self._error is not None:
+                raise self._error
+            if self._ended:
+                return None
+            self._waiter = asyncio.get_running_loop().create_future()
+            await self._waiter
+        return self._chunks.popleft()
+
+    def _wake(self) -> None:
+        if self._waiter is not None and not self._waiter.done():
+            self._waiter.set_result(None)
+
+
+@dataclass(slots=True)
+class Reply:
+    """What the client gets. With a `stream` the body is its first chunks and `body` is empty."""
+
+    status: int
+    reason: str
+    headers: Sequence[tuple[str, str]]
+    body: Buffer
+    stream: Stream | None = None
+
+
+@dataclass(slots=True, eq=False)
+class Request:
+    """One client's request: `meta` and `bodies` as every rank gets them, and where its answer goes.
+
+    `deadline` is a time on the dispatcher's clock. `reply` is set exactly once.
+    """
+
+    meta: RequestMeta
+    bodies: Sequence[Buffer]
+    deadline: float
+    reply: asyncio.Future[Reply]
+    arrived: float = 0.0
+    stream: Stream | None = field(default=None)
+
+    def answer(self, answer: Answer, body: Buffer) -> None:
+        """Rank 0's whole answer, or the end of its stream. Dropped when nobody waits for it any more."""
+        if self.stream is not None:
+            if len(body):
+                self.stream.put(body)
+            self.stream.end()
+        elif not self.reply.done():
+            self.reply.set_result(Reply(answer.status, answer.reason, answer.headers, body))
+
+    def chunk(self, answer: Answer, body: Buffer) -> None:
+        """One chunk of a stream. The first one is the answer to the deadline; from then on responseTimeout watches."""
+        if self.stream is None:
+            self.stream = Stream()
+            self.deadline = math.inf
+            if self.reply.done():
+                self.stream.muted = True
+            else:
+                self.reply.set_result(Reply(answer.status, answer.reason, answer.headers, b"", self.stream))
+        self.stream.put(body)
+
+    def fail(self, error: Exception) -> None:
+        """The answer is an error."""
+        if self.stream is not None:
+            self.stream.end(error)
+        elif not self.reply.done():
+            self.reply.set_exception(error)

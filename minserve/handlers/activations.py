@@ -1,0 +1,134 @@
+"""What goes from one pipeline stage to the next: a header of fixed size, then the bytes of each tensor.
+
+Why a header: the receiver has to post a buffer of exactly the right size. gloo lets a message that is shorter than the
+buffer pass and leaves old rows behind it; a longer one aborts the process.
+
+    header   83 int64, the same on every hop, so that its own length always matches:
+             magic, failed, count, then 8 times (dtype, dimensions, 8 sizes)
+    payload  uint8, one message per tensor that has elements; after a failure one message, its description as JSON
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from minserve.rank.failures import StageError
+
+MAX_TENSORS = 8
+MAX_DIMS = 8
+HEADER_LENGTH = 3 + MAX_TENSORS * (2 + MAX_DIMS)
+_MAGIC = 0x6D696E73657276  # "minserv"
+_MAX_TEXT = 4000
+
+# Both ends run the same code, so the place in this tuple says which dtype it is.
+DTYPES = (
+    torch.float32,
+    torch.float64,
+    torch.float16,
+    torch.bfloat16,
+    torch.int64,
+    torch.int32,
+    torch.int16,
+    torch.int8,
+    torch.uint8,
+    torch.bool,
+    torch.complex64,
+    torch.complex128,
+    torch.float8_e4m3fn,
+    torch.float8_e5m2,
+)
+
+
+class Spec(NamedTuple):
+    """A tensor as the header describes it."""
+
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+
+    @property
+    def nbytes(self) -> int:
+        """Length of its payload."""
+        return math.prod(self.shape) * self.dtype.itemsize
+
+
+class Header(NamedTuple):
+    """What follows the header.
+
+    Attributes:
+        failed: the payload is the description of a failure.
+        specs: one for each tensor.
+    """
+
+    failed: bool
+    specs: list[Spec]
+
+
+def pack(tensors: Sequence[Tensor], device: torch.device, failed: bool = False) -> list[Tensor]:
+    """Makes the message for some activations: the header, then bytes that share their memory.
+
+    Everything that can be wrong with them is found here, before anything is sent.
+
+    Raises:
+        TypeError: not a tensor, not a dense one, or of a dtype that is not in `DTYPES`.
+        ValueError: more than 8 tensors, or more than 8 dimensions.
+    """
+    if len(tensors) > MAX_TENSORS:
+        raise ValueError(f"a stage passed on {len(tensors)} tensors; at most {MAX_TENSORS} fit")
+    numbers = [_MAGIC, int(failed), len(tensors)]
+    for tensor in tensors:
+        _check(tensor)
+        padding = [0] * (MAX_DIMS - tensor.dim())
+        numbers += [DTYPES.index(tensor.dtype), tensor.dim(), *tensor.shape, *padding]
+    numbers += [0] * (HEADER_LENGTH - len(numbers))
+    header = torch.tensor(numbers, dtype=torch.int64, device=device)
+    # As bytes: NCCL has no int16 and, in older versions, no float8.
+    payloads = [_bytes_of(tensor.to(device)) for tensor in tensors if tensor.numel()]
+    return [header, *payloads]
+
+
+def pack_failure(failure: StageError, device: torch.device) -> list[Tensor]:
+    """Makes the message that takes the place of the activations after a stage has failed."""
+    described = [failure.origin, failure.type_name, failure.text[:_MAX_TEXT], failure.place]
+    raw = bytearray(json.dumps(described).encode())
+    return pack([torch.frombuffer(raw, dtype=torch.uint8)], device, failed=True)
+
+
+def unpack_failure(payload: Tensor, needs: tuple[int, ...]) -> StageError:
+    """Reads the failure that came in place of activations."""
+    origin, type_name, text, place = json.loads(bytes(payload.cpu().tolist()))
+    return StageError(origin, type_name, text, place, needs)
+
+
+def read_header(header: Tensor) -> Header:
+    """Reads a received header; on CUDA this waits for it.
+
+    Raises:
+        RuntimeError: it is none, so the ranks have lost step.
+    """
+    magic, failed, count, *numbers = header.tolist()
+    if magic != _MAGIC:
+        raise RuntimeError("pipeline out of step: what was received is no header")
+    specs = []
+    for start in range(0, count * (2 + MAX_DIMS), 2 + MAX_DIMS):
+        dtype, dims, *shape = numbers[start : start + 2 + MAX_DIMS]
+        specs.append(Spec(DTYPES[dtype], tuple(shape[:dims])))
+    return Header(bool(failed), specs)
+
+
+def _check(tensor: Tensor) -> None:
+    if not isinstance(tensor, Tensor):
+        raise TypeError(f"a stage must return tensors, not {type(tensor).__name__}")
+    if tensor.dtype not in DTYPES or tensor.layout != torch.strided:
+        raise TypeError(f"a stage cannot pass on a tensor of {tensor.dtype}, {tensor.layout}")
+    if tensor.dim() > MAX_DIMS:
+        raise ValueError(f"a stage passed on a tensor of {tensor.dim()} dimensions; at most {MAX_DIMS} fit")
+
+
+def _bytes_of(tensor: Tensor) -> Tensor:
+    return tensor.detach().resolve_conj().resolve_neg().contiguous().view(-1).view(torch.uint8)

@@ -1,0 +1,27 @@
+"""The life of a rank, from torchrun's exec to its end: prepare, connect, load, serve."""
+
+from __future__ import annotations
+
+import os
+import sys
+
+from minserve.rank import process
+from minserve.rank.connection import Connection
+from minserve.rank.loop import Rank
+
+
+def main() -> None:
+    """Runs one rank."""
+    process.die_with_the_agent()
+    launch = process.read_environment(os.environ)
+    process.redirect_output(launch)
+    process.configure_logging(launch)
+    # Connect before anything imports torch: that takes seconds, and the server would rather know at once that we live.
+    connection = Connection(process.connect(launch))
+    connection.hello(launch)
+    process.exit_when_the_server_is_gone(connection.socket)
+    sys.exit(Rank(launch, connection).run())
+
+
+if __name__ == "__main__":
+    main()

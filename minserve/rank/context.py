@@ -1,0 +1,166 @@
+"""The `context` that a handler gets: TorchServe's, member for member (torchserve.md 9.3).
+
+One object for the life of the rank, so that handlers may keep things on it; what belongs to a batch is replaced with each.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+
+    from minserve.wire.messages import RequestMeta
+
+
+class RequestProcessor:
+    """One request's headers, and the status and headers of its answer."""
+
+    def __init__(self, meta: RequestMeta) -> None:
+        self._meta = meta
+        self._headers: dict[str, object] | None = None
+        self.status = 200
+        self.phrase = ""
+        self.response_headers: dict[str, str] = {}
+
+    @property
+    def headers(self) -> dict[str, object]:
+        """The HTTP request headers, names as the client wrote them, plus TorchServe's own.
+
+        Decoded on first use: few handlers look at them.
+        """
+        if self._headers is None:
+            headers: dict[str, object] = {
+                name.decode("latin-1"): value.decode("utf-8", "surrogateescape") for name, value in self._meta.headers
+            }
+            for part in self._meta.parts:
+                if part.content_type:
+                    headers[part.name] = {"content-type": part.content_type}
+            headers["url_path"] = self._meta.url_path
+            headers["explain"] = "False"
+            self._headers = headers
+        return self._headers
+
+    def get_request_property(self, key: str) -> object:
+        """A request header; the name as the client wrote it wins over one that differs in case only."""
+        headers = self.headers
+        if key in headers:
+            return headers[key]
+        lower = key.lower()
+        return next((value for name, value in headers.items() if name.lower() == lower), None)
+
+    def get_request_properties(self) -> dict[str, object]:
+        """All request headers."""
+        return self.headers
+
+    def report_status(self, code: int, reason_phrase: str = "") -> None:
+        """Sets the answer's HTTP status."""
+        self.status = code
+        self.phrase = reason_phrase or ""
+
+    def get_response_status_code(self) -> int:
+        """The answer's HTTP status."""
+        return self.status
+
+    def get_response_status_phrase(self) -> str:
+        """The answer's reason phrase."""
+        return self.phrase
+
+    def add_response_property(self, key: str, value: str) -> None:
+        """Sets a header of the answer."""
+        self.response_headers[key] = value
+
+    def get_response_headers(self) -> dict[str, str]:
+        """The headers of the answer."""
+        return self.response_headers
+
+    def get_response_header(self, key: str) -> str | None:
+        """One header of the answer."""
+        return self.response_headers.get(key)
+
+
+class Context:
+    """What a handler knows of its model, of this rank and of the requests in the batch.
+
+    Attributes:
+        model_name: the model's name.
+        manifest: TorchServe's MANIFEST.json; for a model directory one made up from it.
+        system_properties: model_dir, gpu_id (index of this rank's device among those it sees, None on CPU), batch_size,
+            server_name, server_version, limit_max_image_pixels.
+        model_yaml_config: model-config.yaml as the author wrote it.
+        request_ids: {index in the batch: request id}; None while the handler is initialised.
+        metrics: None until custom metrics are built.
+    """
+
+    def __init__(
+        self,
+        model_name: str,
+        model_dir: str,
+        manifest: Mapping[str, object],
+        model_yaml_config: Mapping[str, object],
+        batch_size: int,
+        gpu_id: int | None,
+        server_version: str,
+        limit_max_image_pixels: bool = True,
+    ) -> None:
+        self.model_name = model_name
+        self.manifest = manifest
+        self.model_yaml_config = model_yaml_config
+        self.system_properties: dict[str, object] = {
+            "model_dir": model_dir,
+            "gpu_id": gpu_id,
+            "batch_size": batch_size,
+            "server_name": "MMS",
+            "server_version": server_version,
+            "limit_max_image_pixels": limit_max_image_pixels,
+        }
+        self.request_ids: dict[int, str] | None = None
+        self.request_processor: list[RequestProcessor] = []
+        self.metrics = None
+
+    def begin_batch(self, requests: Sequence[RequestMeta]) -> None:
+        """A new batch: nothing of the last one may show through."""
+        self.request_ids = {index: meta.id for index, meta in enumerate(requests)}
+        self.request_processor = [RequestProcessor(meta) for meta in requests]
+
+    def get_request_id(self, idx: int = 0) -> str | None:
+        """The id of a request of the batch."""
+        return self.request_ids.get(idx) if self.request_ids else None
+
+    def get_request_header(self, idx: int, key: str) -> object:
+        """A header of a request, None when it is absent."""
+        return self.request_processor[idx].get_request_property(key)
+
+    def get_all_request_header(self, idx: int) -> dict[str, object]:
+        """All headers of a request."""
+        return self.request_processor[idx].get_request_properties()
+
+    def set_response_content_type(self, idx: int, value: str) -> None:
+        """Sets the Content-Type of a request's answer; without it the answer has none, as with TorchServe."""
+        self.request_processor[idx].add_response_property("content-type", value)
+
+    def get_response_content_type(self, idx: int) -> str | None:
+        """The Content-Type of a request's answer."""
+        return self.request_processor[idx].get_response_header("content-type")
+
+    def set_response_header(self, idx: int, key: str, value: str) -> None:
+        """Sets a header of a request's answer."""
+        self.request_processor[idx].add_response_property(key, value)
+
+    def get_response_headers(self, idx: int) -> dict[str, str]:
+        """The headers of a request's answer."""
+        return self.request_processor[idx].get_response_headers()
+
+    def set_response_status(self, code: int = 200, phrase: str = "", idx: int = 0) -> None:
+        """Sets the HTTP status of one request's answer."""
+        self.request_processor[idx].report_status(code, phrase)
+
+    def set_all_response_status(self, code: int = 200, phrase: str = "") -> None:
+        """Sets the HTTP status of every answer of the batch."""
+        for processor in self.request_processor:
+            processor.report_status(code, phrase)
+
+    def get_response_status(self, idx: int) -> tuple[int, str]:
+        """The HTTP status and reason phrase of a request's answer."""
+        processor = self.request_processor[idx]
+        return processor.status, processor.phrase

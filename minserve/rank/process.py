@@ -1,0 +1,103 @@
+"""What a rank does to its process before anything else, and how it makes sure never to outlive the others."""
+
+from __future__ import annotations
+
+import ctypes
+import logging
+import os
+import select
+import signal
+import socket
+import sys
+import threading
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from collections.abc import MutableMapping
+
+PR_SET_PDEATHSIG = 1  # prctl(2)
+
+
+@dataclass(frozen=True, slots=True)
+class Launch:
+    """What the server and torchrun put into the environment."""
+
+    rank: int
+    local_rank: int
+    world_size: int
+    endpoint: str
+    worker: str
+    secret: str
+    output: str
+    debug: bool
+
+
+def die_with_the_agent() -> None:
+    """Asks the kernel to kill this rank when torchrun (or, without torchrun, the server) dies.
+
+    Also in the middle of a collective, where a rank reads no socket and runs no Python. An agent that died before this line
+    is found out at the next step: its server kills the group, and there is nothing left to connect to.
+    """
+    parent = os.getppid()
+    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+    if os.getppid() != parent:
+        os._exit(1)
+
+
+def read_environment(environ: MutableMapping[str, str]) -> Launch:
+    """Takes the launch out of the environment. The secret is removed: the handler's own children need not know it."""
+    local_rank = int(environ["LOCAL_RANK"])
+    return Launch(
+        rank=int(environ["RANK"]),
+        local_rank=local_rank,
+        world_size=int(environ["WORLD_SIZE"]),
+        endpoint=f"{environ['MINSERVE_ENDPOINT']}{int(environ['MINSERVE_BASE']) + local_rank}",
+        worker=environ["MINSERVE_WORKER"],
+        secret=environ.pop("MINSERVE_SECRET"),
+        output=f"{environ['MINSERVE_OUTPUT']}.{local_rank}",
+        debug=environ.get("MINSERVE_LOG_LEVEL") == "debug",
+    )
+
+
+def redirect_output(launch: Launch) -> None:
+    """Puts this rank's own pipe in place of the stdout and stderr that all ranks inherited from torchrun."""
+    fifo = os.open(launch.output, os.O_WRONLY)
+    os.dup2(fifo, 1)
+    os.dup2(fifo, 2)
+    os.close(fifo)
+
+
+def configure_logging(launch: Launch) -> None:
+    """Logging to stdout, as TorchServe's workers do; `--log-level debug` reaches minserve's own loggers."""
+    logging.basicConfig(stream=sys.stdout, level=logging.INFO, format="%(levelname)s %(name)s: %(message)s")
+    if launch.debug:
+        logging.getLogger("minserve").setLevel(logging.DEBUG)
+
+
+def connect(launch: Launch) -> socket.socket:
+    """A blocking connection to the server's endpoint for this rank."""
+    scheme, _, address = launch.endpoint.partition(":")
+    if scheme == "unix":
+        connection = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        connection.connect(address)
+    else:
+        host, _, port = address.rpartition(":")
+        connection = socket.create_connection((host, int(port)))
+        connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+    return connection
+
+
+def exit_when_the_server_is_gone(connection: socket.socket) -> None:
+    """Watches the link in a thread of its own and ends the process when the server hangs up.
+
+    The parent-death signal does this, too. This is for the day it cannot: a server killed while torchrun lives on.
+    """
+    poll = select.poll()
+    poll.register(connection.fileno(), select.POLLRDHUP)  # not POLLIN: the frames are the main thread's
+
+    def watch() -> None:
+        poll.poll()
+        os._exit(1)
+
+    threading.Thread(target=watch, name="minserve-hangup", daemon=True).start()

@@ -1,0 +1,129 @@
+"""A streaming answer on the rank's side: chunks go out from rank 0 alone, every rank counts the steps.
+
+A handler streams by yielding lists from a generator, or by calling `send_intermediate_predict_response`. Both run on every
+rank, so that the collectives between the steps stay paired.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from minserve.rank.data import Refused, check_answers, encode_answer
+from minserve.wire.frames import Kind
+from minserve.wire.messages import Answer, Answers
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable
+
+    from minserve.rank.connection import Connection
+    from minserve.rank.context import Context
+    from minserve.wire.messages import Buffer
+
+
+class Cancelled(BaseException):
+    """Every client of the batch has left: raised by `send` on every rank at the same step.
+
+    A BaseException, so that a handler's `except Exception` around its work does not swallow it.
+    """
+
+
+class Stream:
+    """The stream of one batch.
+
+    Args:
+        answering: whether this is rank 0.
+        on_refused: told once when a chunk cannot be sent. The handler is not stopped for it, for the other ranks would go
+            on: it runs to its end, muted.
+    """
+
+    def __init__(
+        self,
+        connection: Connection,
+        context: Context,
+        seq: int,
+        count: int,
+        answering: bool,
+        on_refused: Callable[[Refused], None],
+    ) -> None:
+        self._connection = connection
+        self._context = context
+        self._seq = seq
+        self.count = count
+        self._answering = answering
+        self._on_refused = on_refused
+        self.step = 0
+        self.muted = False
+
+    def send(self, chunks: object) -> None:
+        """One step: a chunk for each request of the batch, None for a request that gets none."""
+        self.step += 1
+        if not self._answering or self.muted:
+            return
+        try:
+            values = check_answers(chunks, self.count)
+            items = [(index, value) for index, value in enumerate(values) if value is not None]
+            self.send_items(items)
+        except Refused as refusal:
+            self.muted = True
+            self._on_refused(refusal)
+
+    def send_some(self, chunks: object, indexes: Iterable[int]) -> None:
+        """One step with chunks for some requests of the batch, in the order of `indexes`."""
+        by_index: list[object] = [None] * self.count
+        indexes = list(indexes)
+        if (
+            isinstance(chunks, list | tuple)
+            and len(chunks) == len(indexes)
+            and all(i in range(self.count) for i in indexes)
+        ):
+            for index, chunk in zip(indexes, chunks, strict=True):
+                by_index[index] = chunk
+            self.send(by_index)
+        else:
+            self.send(chunks)  # which says what is wrong with it
+
+    def send_items(self, items: list[tuple[int, object]]) -> None:
+        """Sends the chunks there are. Status and headers are what the context says at this moment."""
+        answers: list[Answer] = []
+        bodies: list[Buffer] = []
+        for index, value in items:
+            answer, body = encode(self._context, index, value)
+            answers.append(answer)
+            bodies.append(body)
+        if answers:
+            self._connection.send_with_body(Kind.CHUNK, Answers(tuple(answers), self.step), bodies, self._seq)
+
+
+def encode(context: Context, index: int, value: object) -> tuple[Answer, Buffer]:
+    """One request's answer with the status and headers that the handler has set for it.
+
+    Raises:
+        Refused: the body, the status or a header cannot be sent.
+    """
+    body = encode_answer(value, index)
+    processor = context.request_processor[index]
+    status, headers = processor.status, tuple(processor.response_headers.items())
+    if type(status) is not int or not 200 <= status <= 599:
+        raise Refused(f"answer {index}: response status {status!r} is not a number from 200 to 599")
+    if not isinstance(processor.phrase, str) or any(c in processor.phrase for c in "\r\n\0"):
+        raise Refused(f"answer {index}: bad reason phrase {processor.phrase!r}")
+    for name, text in headers:
+        if not isinstance(name, str) or not isinstance(text, str):
+            raise Refused(f"answer {index}: response header {name!r} must be text, it is of type {type(text).__name__}")
+        if not name or any(c in name + text for c in "\r\n\0") or any(c in name for c in ": \t") or not name.isascii():
+            raise Refused(f"answer {index}: bad response header {name!r}: {text!r}")
+    return Answer(index, len(body), status, processor.phrase, headers), body
+
+
+_current: Stream | None = None
+
+
+def current() -> Stream | None:
+    """The stream of the batch that this rank works on, for `send_intermediate_predict_response`."""
+    return _current
+
+
+def set_current(stream: Stream | None) -> None:
+    """Sets it; only the loop does."""
+    global _current  # a rank works on one batch at a time, and TorchServe's function is given no handle to it
+    _current = stream

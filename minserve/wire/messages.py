@@ -1,0 +1,208 @@
+"""What the meta part of each frame kind holds, as typed msgspec structs, and how batches and answers become frames.
+
+Decoding validates: a field of a wrong type is a `WireError`, never an odd value further in. Bodies are not in the structs:
+they lie behind the meta in the order in which the meta lists their lengths.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, TypeVar
+
+import msgspec
+
+from minserve.errors import WireError
+from minserve.wire.frames import Kind, header
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Sequence
+
+# Bytes of one part of a body, as they came from a socket or a handler.
+Buffer = bytes | bytearray | memoryview
+
+
+class Message(msgspec.Struct, array_like=True, gc=False):
+    """Base of all: arrays instead of maps on the wire, and no cycle collector, for they hold no cycles."""
+
+
+# ── from a rank ──────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+class Hello(Message):
+    """First frame of a rank. `secret` proves that the server's own launch started it."""
+
+    rank: int
+    local_rank: int
+    world_size: int
+    pid: int
+    worker: str
+    secret: str
+
+
+class Progress(Message):
+    """How far a rank's load is; `total` 0 means unknown."""
+
+    stage: str
+    done: int = 0
+    total: int = 0
+
+
+class Loaded(Message):
+    """The handler is ready. `seconds` is how long importing and initialising took."""
+
+    seconds: float
+
+
+class Failure(Message):
+    """An exception in a rank: while loading (FAILED) or in a batch (ERROR).
+
+    Attributes:
+        kind: "own" (raised by this rank's code), "collective" (torch.distributed, so perhaps a victim), "device", "memory",
+            "refused" (minserve refused what `handle` returned on rank 0; every rank is still in step).
+        type_name: class name of the exception.
+        text: its text.
+        place: `file:line` where it was raised.
+        traceback: for the log; never sent to a client.
+        origin: rank that raised first; another than the sender when a pipeline passed the failure on.
+        needs: ranks that must report the same failure before it counts as ordinary.
+        status: HTTP status that the handler asked for with its exception; 0: none.
+    """
+
+    kind: str
+    type_name: str
+    text: str
+    place: str
+    traceback: str
+    origin: int
+    needs: tuple[int, ...]
+    status: int = 0
+
+
+class Answer(Message):
+    """One request's answer, or one chunk of it. `length` is its share of the frame's body.
+
+    `index` is the request's place in its batch. `headers` are name, value pairs in the order they were set.
+    """
+
+    index: int
+    length: int
+    status: int = 200
+    reason: str = ""
+    headers: tuple[tuple[str, str], ...] = ()
+
+
+class Answers(Message):
+    """Meta of REPLY and CHUNK. `step` counts a stream's steps from 1; a REPLY ends the batch."""
+
+    answers: tuple[Answer, ...]
+    step: int = 0
+
+
+# ── to every rank ────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+class Load(Message):
+    """What to load. The frame's body is the text of model-config.yaml, which the rank parses for the author's sections.
+
+    `handler` is `file.py[:name]`; `gpu` says that LOCAL_RANK indexes a mask of devices; `reply_done` asks ranks > 0 for a
+    DONE frame per batch.
+    """
+
+    model: str
+    version: str
+    model_dir: str
+    handler: str
+    batch_size: int
+    gpu: bool
+    reply_done: bool
+    limit_max_image_pixels: bool = True
+
+
+class Part(Message):
+    """One field of a request: a raw body is the single part "body"."""
+
+    name: str
+    content_type: str
+    length: int
+
+
+class RequestMeta(Message):
+    """One request of a batch. `headers` are the HTTP headers as they came, undecoded: few handlers look at them."""
+
+    id: str
+    headers: tuple[tuple[bytes, bytes], ...]
+    parts: tuple[Part, ...]
+    url_path: str = ""
+
+
+class Batch(Message):
+    """Meta of BATCH. `grant` is the step up to which a stream may go without asking; 0 means no limit."""
+
+    requests: tuple[RequestMeta, ...]
+    grant: int = 0
+
+
+class Step(Message):
+    """Meta of GRANT and CANCEL: the step up to which, or after which."""
+
+    step: int
+
+
+class Shutdown(Message):
+    """Meta of DRAIN and SHUTDOWN."""
+
+    reason: str
+
+
+M = TypeVar("M", bound=Message)
+_encoder = msgspec.msgpack.Encoder()
+_decoders: dict[type[Message], msgspec.msgpack.Decoder[Message]] = {
+    kind: msgspec.msgpack.Decoder(kind)
+    for kind in (Hello, Progress, Loaded, Failure, Answers, Load, Batch, Step, Shutdown)
+}
+
+
+def pack(kind: Kind, message: Message, seq: int = 0, flags: int = 0) -> bytes:
+    """A frame without a body."""
+    meta = _encoder.encode(message)
+    return header(kind, seq, len(meta), 0, flags) + meta
+
+
+def pack_with_body(kind: Kind, message: Message, bodies: Sequence[Buffer], seq: int, flags: int = 0) -> list[Buffer]:
+    """A frame as pieces for `writelines` or `sendmsg`: the bodies are neither joined nor copied.
+
+    The caller must not change a body before the socket has taken it.
+    """
+    meta = _encoder.encode(message)
+    length = sum(map(len, bodies))
+    return [header(kind, seq, len(meta), length, flags) + meta, *(body for body in bodies if len(body))]
+
+
+def unpack(kind: type[M], meta: Buffer) -> M:
+    """The struct in a frame's meta.
+
+    Raises:
+        WireError: it is not one of that kind.
+    """
+    try:
+        return _decoders[kind].decode(meta)  # type: ignore[return-value]  # one decoder per class, by construction
+    except (msgspec.DecodeError, msgspec.ValidationError, UnicodeDecodeError) as error:
+        raise WireError(f"bad {kind.__name__} message: {error}") from None
+
+
+def split_body(body: bytearray, lengths: Iterable[int]) -> list[memoryview]:
+    """Cuts a frame's body into the pieces whose lengths its meta lists.
+
+    Raises:
+        WireError: the lengths do not add up to the body.
+    """
+    view = memoryview(body)
+    pieces = []
+    offset = 0
+    for length in lengths:
+        if length < 0 or offset + length > len(view):
+            raise WireError(f"parts of a frame reach over its body of {len(view)} bytes")
+        pieces.append(view[offset : offset + length])
+        offset += length
+    if offset != len(view):
+        raise WireError(f"parts of a frame add up to {offset} bytes, its body has {len(view)}")
+    return pieces

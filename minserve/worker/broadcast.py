@@ -1,0 +1,289 @@
+"""The one owner of order in a worker: it numbers the batches, sends each to every rank, and matches what comes back.
+
+Every rank must see the same batches in the same order, or the collectives inside the handlers pair up wrong and answers get
+mixed. Three rules make that a property of this file:
+
+* `send` gives a batch its seq and writes it to all links in one callback, with no await in between.
+* Before that, `has_place` has seen room on every link, so all ranks get the batch or none does.
+* A rank that raised goes no further until it gets CONTINUE, which is sent only when all ranks have left the batch with the
+  same error. An exception on some ranks ends the worker: its ranks are no longer at the same place.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections import deque
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Protocol
+
+from minserve.dispatch.clock import Alarm
+from minserve.errors import HandlerError, HandlerOutOfMemory, WireError
+from minserve.wire.frames import Kind, header
+from minserve.wire.messages import Answers, Batch, Failure, pack_with_body, split_body, unpack
+from minserve.worker.blame import Cause, What, culprit
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
+    from minserve.dispatch.clock import Clock
+    from minserve.dispatch.request import Request
+    from minserve.wire.frames import Frame
+    from minserve.wire.messages import Answer, Buffer
+
+logger = logging.getLogger(__name__)
+
+
+class RankLink(Protocol):
+    """What the broadcast needs of a link; `Link` in life, an in-memory one in tests."""
+
+    rank: int
+    pid: int
+    has_room: bool
+
+    def write(self, pieces: Sequence[Buffer]) -> None:
+        """Queues a frame."""
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """How many batches may be under way and how long each may take, in seconds."""
+
+    in_flight: int
+    response_timeout: float
+    first_batch_timeout: float
+    error_grace: float
+    reply_after_all: bool = False
+
+
+@dataclass(slots=True)
+class Outstanding:
+    """A batch that every rank has been sent."""
+
+    seq: int
+    requests: list[Request]
+    due: float  # when the worker fails for it; starts anew with each chunk
+    failures: dict[int, Failure] = field(default_factory=dict)
+    held: Frame | None = None  # rank 0's reply, while other ranks' DONE is waited for
+    done: set[int] = field(default_factory=set)
+
+
+class Broadcast:
+    """Sends batches to all ranks of one worker and relays rank 0's answers.
+
+    Args:
+        links: one per rank, in rank order.
+        limits: see `Limits`.
+        who: "model/worker" for messages.
+        on_free: a place has come free.
+        on_broken: the group cannot go on; the cause is the one found among this file's causes.
+    """
+
+    def __init__(
+        self,
+        clock: Clock,
+        links: Sequence[RankLink],
+        limits: Limits,
+        who: str,
+        on_free: Callable[[], None],
+        on_broken: Callable[[Cause], None],
+    ) -> None:
+        self._clock = clock
+        self._links = links
+        self._limits = limits
+        self._who = who
+        self._on_free = on_free
+        self._on_broken = on_broken
+        self._seq = 0
+        self._outstanding: dict[int, Outstanding] = {}
+        self._due_alarm = Alarm(clock, self._look_at_due)
+        self._grace_alarm = Alarm(clock, self._grace_over)
+        # Exceptions of the batch that is in doubt. While there are any, no new batch goes out.
+        self.causes: list[Cause] = []
+        self._continued: deque[tuple[int, str, str]] = deque(
+            maxlen=64
+        )  # seq, type and place of the latest failures in step
+        self.batches_done = 0
+        self.last_done_at = clock.time()
+
+    # ── to the ranks ──
+
+    def has_place(self) -> bool:
+        """Whether a batch may go now. With a slow link the answer is no, and only this worker waits for it."""
+        if len(self._outstanding) >= self._limits.in_flight or self.causes:
+            return False
+        return all(link.has_room for link in self._links)
+
+    def send(self, requests: list[Request]) -> None:
+        """Broadcasts one batch."""
+        self._seq += 1
+        meta = Batch(tuple(request.meta for request in requests))
+        bodies = [body for request in requests for body in request.bodies]
+        pieces = pack_with_body(Kind.BATCH, meta, bodies, self._seq)
+        for link in self._links:  # no await here, ever: this loop is what makes the order common to all ranks
+            link.write(pieces)
+        limit = self._limits.response_timeout if self.batches_done else self._limits.first_batch_timeout
+        # A batch behind others counts from when it becomes the oldest, see _finish.
+        due = self._clock.time() + limit if not self._outstanding else math.inf
+        self._outstanding[self._seq] = Outstanding(self._seq, requests, due)
+        self._due_alarm.at(due)
+
+    @property
+    def busy(self) -> bool:
+        """Whether a batch is under way."""
+        return bool(self._outstanding)
+
+    def fail_all(self, error: Exception) -> None:
+        """Answers every request in flight with an error; the group is gone."""
+        self._due_alarm.stop()
+        self._grace_alarm.stop()
+        outstanding, self._outstanding = self._outstanding, {}
+        for batch in outstanding.values():
+            for request in batch.requests:
+                request.fail(error)
+
+    # ── from a rank ──
+
+    def received(self, link: RankLink, frame: Frame) -> None:
+        """Takes a REPLY, CHUNK, ERROR or DONE.
+
+        Raises:
+            WireError: the frame is not about a batch under way, or this rank may not send it.
+        """
+        batch = self._outstanding.get(frame.seq)
+        if batch is None:
+            if frame.kind is Kind.ERROR and link.rank != 0 and 0 < frame.seq <= self._seq:
+                self._failed_late(link, frame.seq, unpack(Failure, frame.meta))
+                return
+            raise WireError(f"{frame.kind.name} for batch {frame.seq}, which is not under way (last sent: {self._seq})")
+        if frame.kind is Kind.ERROR:
+            self._failed(link, batch, unpack(Failure, frame.meta))
+        elif frame.kind is Kind.DONE:
+            self._done(link, batch)
+        elif link.rank != 0:
+            raise WireError(f"{frame.kind.name} from rank {link.rank}: only rank 0 answers")
+        elif frame.kind is Kind.CHUNK:
+            self._chunk(batch, frame)
+        elif self._limits.reply_after_all:
+            batch.held = frame
+            self._done(link, batch)
+        else:
+            self._reply(batch, frame)
+
+    def _reply(self, batch: Outstanding, frame: Frame) -> None:
+        answers = self._answers(batch, frame)
+        if len(answers) != len(batch.requests):
+            raise WireError(f"REPLY with {len(answers)} answers to a batch of {len(batch.requests)}")
+        for request, (answer, body) in zip(batch.requests, answers, strict=True):
+            request.answer(answer, body)
+        self._finish(batch)
+        if batch.failures:  # rank 0 is through, another rank raised: they are no longer at the same place
+            self._break()
+
+    def _chunk(self, batch: Outstanding, frame: Frame) -> None:
+        for answer, body in self._answers(batch, frame):
+            batch.requests[answer.index].chunk(answer, body)
+        batch.due = self._clock.time() + self._limits.response_timeout
+        self._due_alarm.at(batch.due)
+
+    def _answers(self, batch: Outstanding, frame: Frame) -> list[tuple[Answer, Buffer]]:
+        answers = unpack(Answers, frame.meta).answers
+        if len(answers) == 1 and answers[0].index == 0 and answers[0].length == len(frame.body):
+            return [(answers[0], frame.body)]  # the usual case without batching
+        indexes = [answer.index for answer in answers]
+        if indexes != sorted(set(indexes)) or (indexes and not 0 <= indexes[0] <= indexes[-1] < len(batch.requests)):
+            raise WireError(f"{frame.kind.name} answers requests {indexes} of a batch of {len(batch.requests)}")
+        return list(zip(answers, split_body(frame.body, (answer.length for answer in answers)), strict=True))
+
+    def _done(self, link: RankLink, batch: Outstanding) -> None:
+        batch.done.add(link.rank)
+        if len(batch.done) == len(self._links) and batch.held is not None:
+            self._reply(batch, batch.held)
+
+    def _finish(self, batch: Outstanding) -> None:
+        del self._outstanding[batch.seq]
+        self.batches_done += 1
+        self.last_done_at = self._clock.time()
+        if self._outstanding:
+            oldest = next(iter(self._outstanding.values()))
+            oldest.due = min(oldest.due, self.last_done_at + self._limits.response_timeout)
+            self._due_alarm.at(oldest.due)
+        self._on_free()
+
+    # ── exceptions ──
+
+    def _failed(self, link: RankLink, batch: Outstanding, failure: Failure) -> None:
+        self._log(link, batch.seq, failure)
+        if failure.kind == "refused":  # by minserve, after handle returned: every rank is in step
+            self._answer_failed(batch, link.rank, failure)
+            return
+        batch.failures[link.rank] = failure
+        self.causes.append(_cause(link, failure, self._clock.time()))
+        if self._in_step(batch, failure):
+            self.causes.clear()
+            self._grace_alarm.stop()
+            self._continued.append((batch.seq, failure.type_name, failure.place))
+            for other in self._links:
+                other.write([header(Kind.CONTINUE, batch.seq, 0, 0)])
+            self._answer_failed(batch, failure.origin, failure)
+        elif len(batch.failures) == len(self._links):
+            self._break()
+        else:
+            self._grace_alarm.at(self._clock.time() + self._limits.error_grace)
+
+    def _failed_late(self, link: RankLink, seq: int, failure: Failure) -> None:
+        """A rank > 0 reports on a batch that is over for the client."""
+        self._log(link, seq, failure)
+        if (seq, failure.type_name, failure.place) not in self._continued:
+            self.causes.append(_cause(link, failure, self._clock.time()))
+            self._break()
+
+    def _in_step(self, batch: Outstanding, failure: Failure) -> bool:
+        """Whether every rank that must report has reported this same failure, and the group can go on after it."""
+        if failure.kind in ("collective", "device"):
+            return False
+        same = (failure.type_name, failure.place)
+        reports = [batch.failures.get(rank) for rank in failure.needs]
+        return all(report is not None and (report.type_name, report.place) == same for report in reports)
+
+    def _grace_over(self) -> None:
+        if self.causes:
+            self._break()
+
+    def _break(self) -> None:
+        self._on_broken(culprit(self.causes))
+
+    def _log(self, link: RankLink, seq: int, failure: Failure) -> None:
+        what = f"{failure.type_name}: {failure.text} in batch {seq} at {failure.place}"
+        logger.error("%s rank %d (pid %d): %s\n%s", self._who, link.rank, link.pid, what, failure.traceback.rstrip())
+
+    def _answer_failed(self, batch: Outstanding, rank: int, failure: Failure) -> None:
+        text = f"Prediction failed: {self._who}, rank {rank}: {failure.type_name}: {failure.text}"
+        error = (HandlerOutOfMemory if failure.kind == "memory" else HandlerError)(text)
+        if failure.status:
+            error.status = failure.status
+        for request in batch.requests:
+            request.fail(error)
+        self._finish(batch)
+
+    # ── time ──
+
+    def _look_at_due(self) -> None:
+        now = self._clock.time()
+        for batch in self._outstanding.values():
+            if batch.due <= now:
+                self._on_broken(culprit([*self.causes, self._silent(batch, now)]))
+                return
+            self._due_alarm.at(batch.due)
+
+    def _silent(self, batch: Outstanding, now: float) -> Cause:
+        link = self._links[0]
+        if batch.held is not None:  # rank 0 has answered; with replyAfter: all it is another that is behind
+            link = next(link for link in self._links if link.rank not in batch.done)
+        limit = self._limits.response_timeout if self.batches_done else self._limits.first_batch_timeout
+        return Cause(What.SILENCE, link.rank, link.pid, f"did not finish batch {batch.seq} within {limit:g} s", now)
+
+
+def _cause(link: RankLink, failure: Failure, now: float) -> Cause:
+    what = What.COLLECTIVE if failure.kind == "collective" else What.EXCEPTION
+    return Cause(what, link.rank, link.pid, f"raised {failure.type_name}: {failure.text}", now)

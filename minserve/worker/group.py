@@ -1,0 +1,342 @@
+"""One incarnation of a worker: a torchrun agent, its N ranks, their N links. It starts, serves and fails as a whole.
+
+A half-dead process group is never repaired: whatever goes wrong, causes are gathered for a moment, the culprit is named,
+every request in flight is answered, and everything is killed. The worker then starts another incarnation.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import secrets
+import shutil
+from typing import TYPE_CHECKING, TypeVar
+
+from minserve.errors import RankProtocolError, ResponseTimeout, WireError, WorkerFailed, WorkerOutOfMemory
+from minserve.wire.frames import Kind
+from minserve.wire.messages import Failure, Load, Loaded, Progress, Shutdown, pack, pack_with_body, unpack
+from minserve.worker import endpoints as addressing
+from minserve.worker import launcher
+from minserve.worker.acceptor import Acceptor, Expected
+from minserve.worker.blame import AGENT, DEATH_GATHER_S, Cause, What, culprit, describe_exit
+from minserve.worker.broadcast import Broadcast
+from minserve.worker.link import Link
+from minserve.worker.output import Output, open_fifo
+from minserve.worker.processes import Watch, kill_tree
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Coroutine, Mapping
+    from pathlib import Path
+
+    from minserve.dispatch.request import Request
+    from minserve.wire.frames import Frame
+    from minserve.worker.acceptor import Arrival
+    from minserve.worker.devices import Devices
+    from minserve.worker.endpoints import Endpoints
+    from minserve.worker.spec import ModelSpec
+
+logger = logging.getLogger(__name__)
+
+T = TypeVar("T")
+
+EXIT_OUT_OF_MEMORY = 137  # 128 + SIGKILL: how a shell, and so a container, tells of the kernel's out-of-memory killer
+GONE_S = 5.0  # after SIGKILL; only a process stuck in the kernel takes longer
+
+
+class RankGroup:
+    """A rank group from its launch to its end. Use: `launch`, `connect`, `load`, then `has_place`/`send`, then `end`.
+
+    Args:
+        who: "model/worker number" for messages.
+        slot: number of the worker within its model version; fixes its endpoints.
+        directory: the model version's runtime directory.
+        on_free: a place has come free, or a link has room again.
+
+    Attributes:
+        failed: done when the group has failed, with the error that requests get.
+        pids: of the ranks that have said HELLO, by rank.
+        progress: the latest report of each rank while it loads.
+    """
+
+    def __init__(
+        self,
+        spec: ModelSpec,
+        who: str,
+        slot: int,
+        directory: Path,
+        devices: Devices,
+        environ: Mapping[str, str],
+        on_free: Callable[[], None],
+    ) -> None:
+        self._spec = spec
+        self._who = who
+        self._slot = slot
+        self._directory = directory
+        self._devices = devices
+        self._environ = environ
+        self._on_free = on_free
+        self._loop = asyncio.get_running_loop()
+        self._incarnation = f"{spec.name}-{slot}-{secrets.token_hex(4)}"
+        self._run_directory = directory / f"{slot}.r"
+        self._links: list[Link] = []
+        self._watches: list[Watch] = []
+        self._outputs: dict[int, Output] = {}
+        self._loaded: dict[int, Loaded] = {}
+        self._all_loaded = asyncio.Event()
+        self._causes: list[Cause] = []
+        self._verdict: asyncio.TimerHandle | None = None
+        self._ending = False
+        self.agent_pid = 0
+        self._broadcast: Broadcast | None = None
+        self.endpoints: Endpoints | None = None
+        self.failed: asyncio.Future[WorkerFailed] = self._loop.create_future()
+        self.pids: dict[int, int] = {}
+        self.progress: dict[int, Progress] = {}
+
+    # ── start ──
+
+    def launch(self) -> None:
+        """Binds the endpoints and spawns torchrun.
+
+        Raises:
+            WorkerFailed: no ports, or the process cannot be started.
+        """
+        spec, options = self._spec, self._spec.config.minserve
+        shutil.rmtree(self._run_directory, ignore_errors=True)
+        self._run_directory.mkdir(mode=0o700)
+        if options.socket_type == "unix":
+            self.endpoints = addressing.unix_endpoints(self._directory, self._slot, spec.world_size)
+            self._listeners = addressing.listen_unix(self.endpoints)
+        else:
+            first = options.port or addressing.FIRST_PORT
+            self.endpoints, self._listeners = addressing.listen_tcp(spec.world_size, first)
+        for rank in range(spec.world_size):
+            fifo = open_fifo(self._run_directory / f"output.{rank}")
+            self._outputs[rank] = Output(fifo, f"{self._who} rank {rank}")
+        secret = secrets.token_hex(16)
+        self._expected = Expected(spec.world_size, self._incarnation, secret)
+        launch = launcher.plan(
+            spec, self.endpoints, self._devices, self._run_directory, self._incarnation, secret, self._environ
+        )
+        logger.debug("%s: %s", self._who, " ".join(launch.command))
+        try:
+            self._process = launcher.spawn(launch, self._environ)
+        except OSError as error:
+            raise WorkerFailed(f"{self._who}: cannot start {launch.command[0]}: {error}") from None
+        self.agent_pid = self._process.pid
+        assert self._process.stdout is not None
+        self._outputs[AGENT] = Output(os.dup(self._process.stdout.fileno()), f"{self._who} torchrun")
+        self._process.stdout.close()
+        self._watches.append(Watch(self.agent_pid, self._agent_exited))
+
+    async def connect(self, accept_timeout: float) -> None:
+        """Accepts exactly N ranks.
+
+        Raises:
+            WorkerFailed: not all have come in time, or one has died before.
+        """
+        acceptor = Acceptor(self._listeners, self._expected, self._rank_arrived)
+        try:
+            arrivals = await self._unless_failed(acceptor.run(), accept_timeout)
+        except TimeoutError:
+            missing = ", ".join(map(str, acceptor.missing))
+            text = f"{self._who}: rank {missing} did not connect within {accept_timeout:g} s"
+            raise WorkerFailed(text, self._last_lines(acceptor.missing)) from None
+        for arrival in arrivals:
+            link = Link(arrival.hello, self._received, self._room, self._lost)
+            await self._loop.connect_accepted_socket(lambda link=link: link, arrival.socket)  # type: ignore[misc]
+            self._links.append(link)
+        self._broadcast = Broadcast(self._loop, self._links, self._spec.limits, self._who, self._on_free, self._fail)
+
+    async def load(self, timeout: float) -> None:
+        """Sends LOAD to every rank and waits until each has answered.
+
+        Raises:
+            WorkerFailed: a rank could not load, died, or took too long.
+        """
+        spec = self._spec
+        options = spec.config.minserve
+        message = Load(
+            spec.name,
+            spec.version,
+            str(spec.model_dir),
+            options.handler,
+            spec.config.batch_size,
+            self._devices.mask is not None,
+            options.reply_after == "all",
+        )
+        pieces = pack_with_body(Kind.LOAD, message, [spec.yaml], 0)
+        for link in self._links:
+            link.write(pieces)
+        try:
+            await self._unless_failed(self._all_loaded.wait(), timeout)
+        except TimeoutError:
+            behind = [rank for rank in range(spec.world_size) if rank not in self._loaded]
+            at = ", ".join(f"rank {rank}: {self.stage(rank)}" for rank in behind)
+            text = f"{self._who}: not loaded within {spec.startup_timeout:g} s ({at})"
+            raise WorkerFailed(text, self._last_lines(behind)) from None
+
+    async def _unless_failed(self, work: Coroutine[object, object, T], timeout: float) -> T:
+        """Waits for `work`, no longer than `timeout`, and not at all once the group has failed."""
+        task = self._loop.create_task(work)
+        try:
+            either: list[asyncio.Future[object]] = [task, self.failed]  # type: ignore[list-item]  # only waited for
+            await asyncio.wait(either, timeout=timeout, return_when=asyncio.FIRST_COMPLETED)
+            if self.failed.done():
+                raise self.failed.result()
+            if not task.done():
+                raise TimeoutError
+            return task.result()
+        finally:
+            if not task.done():
+                task.cancel()
+                await asyncio.wait([task])
+
+    # ── serve: what the dispatcher sees ──
+
+    def has_place(self) -> bool:
+        """Whether a batch may be sent now."""
+        return self._broadcast is not None and not self.failed.done() and self._broadcast.has_place()
+
+    def send(self, requests: list[Request]) -> None:
+        """Sends a batch to all ranks."""
+        assert self._broadcast is not None
+        self._broadcast.send(requests)
+
+    @property
+    def busy(self) -> bool:
+        """Whether a batch is under way."""
+        return self._broadcast is not None and self._broadcast.busy
+
+    # ── end ──
+
+    async def end(self, exit_timeout: float) -> None:
+        """Ends every process: asks with SHUTDOWN if all ranks are well, waits `exit_timeout`, then kills."""
+        self._ending = True
+        if self._links and not self.failed.done():
+            for link in self._links:
+                link.write([pack(Kind.SHUTDOWN, Shutdown("the worker ends"))])
+            await self._gone(exit_timeout, self._watches[1:] or self._watches)  # torchrun itself has nothing to finish
+        await self.kill()
+
+    async def kill(self) -> None:
+        """Kills every process, answers what is in flight, and leaves nothing behind. May be called at any time."""
+        self._ending = True
+        if self._verdict is not None:
+            self._verdict.cancel()
+        if self.agent_pid:
+            kill_tree(self.agent_pid, self.pids.values())
+            await self._gone(GONE_S, self._watches)
+        if self._broadcast is not None:
+            self._broadcast.fail_all(WorkerFailed(f"{self._who}: the worker was stopped"))
+        for link in self._links:
+            link.close()
+        for watch in self._watches:
+            watch.close()
+        for output in self._outputs.values():
+            output.close()
+        shutil.rmtree(self._run_directory, ignore_errors=True)
+
+    async def _gone(self, timeout: float, watches: list[Watch]) -> None:
+        try:
+            async with asyncio.timeout(timeout):
+                for watch in watches:
+                    await watch.ended.wait()
+        except TimeoutError:
+            left = ", ".join(str(watch.pid) for watch in watches if not watch.ended.is_set())
+            logger.warning("%s: still running after %g s: pid %s", self._who, timeout, left)
+
+    # ── what the sockets and the kernel tell ──
+
+    def _rank_arrived(self, arrival: Arrival) -> None:
+        rank, pid = arrival.hello.rank, arrival.hello.pid
+        logger.debug("%s: rank %d (pid %d) connected", self._who, rank, pid)
+        self.pids[rank] = pid
+        # A process without torchrun is its own agent, and watched as such already.
+        if pid != self.agent_pid:
+            self._watches.append(Watch(pid, lambda code: self._rank_exited(rank, code)))
+
+    def _received(self, link: Link, frame: Frame) -> None:
+        if frame.kind is Kind.PROGRESS:
+            self.progress[link.rank] = unpack(Progress, frame.meta)
+            logger.info("%s rank %d: %s", self._who, link.rank, self.stage(link.rank))
+        elif frame.kind is Kind.LOADED:
+            self._loaded[link.rank] = unpack(Loaded, frame.meta)
+            if len(self._loaded) == self._spec.world_size:
+                self._all_loaded.set()
+        elif frame.kind is Kind.FAILED:
+            self._load_failed(link, unpack(Failure, frame.meta))
+        elif not self._all_loaded.is_set() or self._broadcast is None:
+            raise WireError(f"{frame.kind.name} before every rank has loaded")
+        elif not self.failed.done():
+            self._broadcast.received(link, frame)
+
+    def _room(self) -> None:
+        self._on_free()
+
+    def _lost(self, link: Link, reason: str | None) -> None:
+        what = What.DEATH if reason is None else What.PROTOCOL
+        detail = "closed its socket" if reason is None else f"broke the protocol: {reason}"
+        self._suspect(Cause(what, link.rank, link.pid, detail, self._loop.time()), final=reason is not None)
+
+    def _rank_exited(self, rank: int, code: int | None) -> None:
+        # Its socket's end may have been seen a moment before; this says more about the same death.
+        self._causes = [cause for cause in self._causes if (cause.rank, cause.what) != (rank, What.DEATH)]
+        cause = Cause(What.DEATH, rank, self.pids[rank], describe_exit(code), self._loop.time(), code)
+        self._suspect(cause, final=not cause.by_sigterm)
+
+    def _agent_exited(self, code: int | None) -> None:
+        self._process.wait()  # it is a zombie now, so this does not block
+        rank = AGENT if self._spec.config.is_parallel else 0
+        cause = Cause(What.DEATH, rank, self.agent_pid, describe_exit(code), self._loop.time(), code)
+        self._suspect(cause, final=rank == 0 or (code or 0) < 0)
+
+    def _load_failed(self, link: Link, failure: Failure) -> None:
+        text = f"{failure.type_name}: {failure.text} at {failure.place}"
+        logger.error("%s rank %d cannot load: %s\n%s", self._who, link.rank, text, failure.traceback.rstrip())
+        victim = failure.kind == "collective"
+        what = What.COLLECTIVE if victim else What.EXCEPTION
+        cause = Cause(what, link.rank, link.pid, f"cannot load: {failure.type_name}: {failure.text}", self._loop.time())
+        grace = self._spec.config.minserve.error_grace if victim else 0.0
+        self._suspect(cause, final=not victim, gather=grace)
+
+    # ── the verdict ──
+
+    def _suspect(self, cause: Cause, *, final: bool, gather: float = DEATH_GATHER_S) -> None:
+        """Gathers causes; a `final` one ends the gathering."""
+        if self._ending or self.failed.done():
+            return
+        self._causes.append(cause)
+        if final:
+            self._judge()
+        elif self._verdict is None:
+            self._verdict = self._loop.call_later(gather, self._judge)
+
+    def _fail(self, cause: Cause) -> None:
+        self._suspect(cause, final=True)
+
+    def _judge(self) -> None:
+        if self.failed.done():
+            return
+        exceptions = self._broadcast.causes if self._broadcast is not None else []
+        cause = culprit([*self._causes, *exceptions])
+        kinds = {What.PROTOCOL: RankProtocolError, What.SILENCE: ResponseTimeout}
+        kind = WorkerOutOfMemory if cause.exit_code == EXIT_OUT_OF_MEMORY else kinds.get(cause.what, WorkerFailed)
+        error = kind(f"{self._who}: {cause}", self._last_lines([cause.rank]))
+        self.failed.set_result(error)
+        if self._broadcast is not None:
+            self._broadcast.fail_all(error)
+
+    def stage(self, rank: int) -> str:
+        """How far a rank's load is, in words."""
+        if rank in self._loaded:
+            return "loaded"
+        progress = self.progress.get(rank)
+        if progress is None:
+            return "importing"
+        return f"{progress.stage} {progress.done} of {progress.total}" if progress.total else progress.stage
+
+    def _last_lines(self, ranks: list[int]) -> tuple[str, ...]:
+        """The last lines that the ranks printed, those of torchrun behind them: it prints what Python says at start."""
+        return tuple(line for rank in [*ranks, AGENT] if rank in self._outputs for line in self._outputs[rank].tail)
