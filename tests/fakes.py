@@ -1,0 +1,79 @@
+"""Small stand-ins for what unit tests must not have: real time and sockets."""
+
+from __future__ import annotations
+
+import heapq
+import itertools
+from collections.abc import Callable, Sequence
+
+from minserve.wire.frames import FROM_SERVER, Frame, FrameReader
+from minserve.wire.messages import Buffer
+
+
+class FakeHandle:
+    """A call that is still to come, unless it is taken back."""
+
+    def __init__(self, callback: Callable[[], object]) -> None:
+        self.callback: Callable[[], object] | None = callback
+
+    def cancel(self) -> None:
+        self.callback = None
+
+    def run(self) -> None:
+        if self.callback is not None:
+            self.callback()
+
+
+class FakeClock:
+    """A `dispatch.clock.Clock` whose time passes only when a test says so."""
+
+    def __init__(self) -> None:
+        self._now = 1000.0
+        self._order = itertools.count()
+        self._calls: list[tuple[float, int, FakeHandle]] = []
+
+    def time(self) -> float:
+        return self._now
+
+    def call_soon(self, callback: Callable[[], object]) -> FakeHandle:
+        return self.call_at(self._now, callback)
+
+    def call_at(self, when: float, callback: Callable[[], object]) -> FakeHandle:
+        handle = FakeHandle(callback)
+        heapq.heappush(self._calls, (when, next(self._order), handle))
+        return handle
+
+    def advance(self, seconds: float = 0.0) -> None:
+        """Lets time pass, and runs in order what falls due on the way, also what those calls set up."""
+        end = self._now + seconds
+        while self._calls and self._calls[0][0] <= end:
+            when, _, handle = heapq.heappop(self._calls)
+            self._now = max(self._now, when)
+            handle.run()
+        self._now = end
+
+
+class MemoryLink:
+    """A link to a rank that only remembers the frames written to it."""
+
+    def __init__(self, rank: int) -> None:
+        self.rank = rank
+        self.pid = 4000 + rank
+        self.has_room = True
+        self._reader = FrameReader(2**31, FROM_SERVER)
+        self.frames: list[Frame] = []
+
+    def write(self, pieces: Sequence[Buffer]) -> None:
+        self.frames += feed(self._reader, b"".join(bytes(piece) for piece in pieces))
+
+
+def feed(reader: FrameReader, data: bytes) -> list[Frame]:
+    """Puts bytes into a reader as a socket would, and returns the frames they complete."""
+    frames: list[Frame] = []
+    while data:
+        buffer = reader.buffer()
+        count = min(len(buffer), len(data))
+        buffer[:count] = data[:count]
+        frames += reader.received(count)
+        data = data[count:]
+    return frames
