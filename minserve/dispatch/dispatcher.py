@@ -6,6 +6,7 @@ a worker has a free place. Then a batch is cut at once if `batch_size` requests 
 
 from __future__ import annotations
 
+import asyncio
 import math
 from collections import deque
 from typing import TYPE_CHECKING, Protocol
@@ -73,10 +74,11 @@ class Dispatcher:
         self.wake()
         try:
             return await request.reply
+        except asyncio.CancelledError:  # perhaps with the answer already there, and nobody to take it
+            self._withdraw(request)
+            raise
         finally:
             self._live.discard(request)
-            if not request.reply.done() or request.reply.cancelled():
-                self._withdraw(request)
 
     @property
     def queued(self) -> int:

@@ -30,7 +30,7 @@ def decode_batch(batch: Batch, body: bytearray) -> list[dict[str, Value]]:
         WireError: the parts do not add up to the body.
     """
     parts = [part for request in batch.requests for part in request.parts]
-    if len(parts) == 1 and parts[0].length == len(body):  # one raw body: the frame's own memory, no copy
+    if len(batch.requests) == len(parts) == 1 and parts[0].length == len(body):  # the frame's own memory, no copy
         return [{parts[0].name: _decode(parts[0].content_type, body)}]
     pieces = iter(split_body(body, (part.length for part in parts)))
     return [
@@ -47,7 +47,7 @@ def _decode(content_type: str, value: bytearray) -> Value:
             return json.loads(value)
         if mime.startswith("text"):
             return value.decode("utf-8")
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         logger.warning("a body of type %s does not parse: %s; the handler gets its bytes", mime, error)
     return value
 
@@ -59,7 +59,7 @@ def check_answers(answers: object, count: int) -> list[object]:
         Refused: it is no list, or has another length.
     """
     if not isinstance(answers, list | tuple):
-        raise Refused(f"Invalid model predict output: handle must return a list, it returned {_kind(answers)}")
+        raise Refused(f"Invalid model predict output: handle must return a list, not a {type(answers).__name__}")
     if len(answers) != count:
         raise Refused(f"number of batch response mismatched: {count} requests, {len(answers)} answers")
     return list(answers)
@@ -73,17 +73,17 @@ def encode_answer(value: object, index: int) -> Buffer:
     """
     if isinstance(value, bytes | bytearray):
         return value
-    if isinstance(value, str):
-        return value.encode("utf-8", "surrogateescape")
-    if isinstance(value, memoryview):
-        return value.cast("B") if value.c_contiguous else value.tobytes()
     torch = sys.modules.get("torch")
-    if torch is not None and isinstance(value, torch.Tensor):
-        return _save(torch, value)
     try:
+        if isinstance(value, str):
+            return value.encode("utf-8", "surrogateescape")
+        if isinstance(value, memoryview):
+            return value.cast("B") if value.c_contiguous and value.nbytes else value.tobytes()
+        if torch is not None and isinstance(value, torch.Tensor):
+            return _save(torch, value)
         return _pretty_json(value)
     except (TypeError, ValueError, RecursionError) as error:
-        raise Refused(f"Unsupported model output data type: answer {index} is {_kind(value)}: {error}") from None
+        raise Refused(f"Unsupported model output data type: answer {index} is of type {type(value).__name__}: {error}") from None
 
 
 def _pretty_json(value: object) -> bytes:
@@ -107,7 +107,3 @@ def _save(torch: object, tensor: object) -> bytes:
     buffer = io.BytesIO()
     torch.save(tensor, buffer)  # type: ignore[attr-defined]  # torch is the handler's import, not ours
     return buffer.getvalue()
-
-
-def _kind(value: object) -> str:
-    return f"of type {type(value).__name__}"

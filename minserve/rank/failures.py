@@ -44,15 +44,15 @@ def describe(error: BaseException, rank: int, world_size: int) -> Failure:
 
     Ranks that fail alike report the same type and place; by that the server knows them to be in step.
     """
-    text = "".join(traceback.format_exception(error))[-MAX_TRACEBACK:]
+    trace = _sendable("".join(traceback.format_exception(error))[-MAX_TRACEBACK:])
     if isinstance(error, StageError):
-        return Failure("own", error.type_name, error.text, error.place, text, error.origin, error.needs)
+        return Failure("own", error.type_name, _sendable(error.text), error.place, trace, error.origin, error.needs)
     return Failure(
         kind=_kind(error),
         type_name=type(error).__name__,
-        text=str(error)[:MAX_TEXT],
+        text=_text(error)[:MAX_TEXT],
         place=place_of(error),
-        traceback=text,
+        traceback=trace,
         origin=rank,
         needs=tuple(range(world_size)),
         status=_status(error),
@@ -71,7 +71,7 @@ def _kind(error: BaseException) -> str:
     torch = sys.modules.get("torch")
     if isinstance(error, MemoryError) or _is(error, torch, "OutOfMemoryError"):
         return "memory"
-    if _is(error, torch, "AcceleratorError") or "CUDA error" in str(error):
+    if _is(error, torch, "AcceleratorError") or "CUDA error" in _text(error):
         return "device"
     if _is(error, sys.modules.get("torch.distributed"), "DistError") or _from_collective(error):
         return "collective"
@@ -90,11 +90,24 @@ def _from_collective(error: BaseException) -> bool:
         return False
     frames = traceback.extract_tb(error.__traceback__)
     return bool(frames) and (
-        "torch/distributed/" in frames[-1].filename or "gloo" in str(error) or "NCCL" in str(error)
+        "torch/distributed/" in frames[-1].filename or "gloo" in _text(error) or "NCCL" in _text(error)
     )
 
 
 def _status(error: BaseException) -> int:
     """The HTTP status of a PredictionException, or of any exception that carries one as `error_code`."""
     code = getattr(error, "error_code", 0)
-    return code if type(code) is int and 400 <= code <= 599 else 0
+    return int(code) if isinstance(code, int) and 400 <= code <= 599 else 0  # an HTTPStatus is an int
+
+
+def _text(error: BaseException) -> str:
+    """Its text, for a client may have put anything into it and an author anything into `__str__`."""
+    try:
+        return _sendable(str(error))
+    except Exception:
+        return "(its text cannot be had: __str__ raised)"
+
+
+def _sendable(text: str) -> str:
+    """Text with its lone surrogates spelled out: they come with clients' headers and JSON, and have no UTF-8."""
+    return text.encode("utf-8", "backslashreplace").decode("utf-8")

