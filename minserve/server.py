@@ -77,6 +77,9 @@ class Server:
             await self._shutdown()
         finally:
             runtime.remove()
+            for number in (signal.SIGTERM, signal.SIGINT):
+                loop.remove_signal_handler(number)
+                signal.signal(number, signal.SIG_IGN)  # it ends already, and shall end in 0
 
     # ── startup ──
 

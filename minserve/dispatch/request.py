@@ -28,7 +28,7 @@ class Stream:
 
     def put(self, chunk: Buffer) -> None:
         """One more chunk."""
-        if not self.muted:
+        if not self.muted and not self._ended:
             self._chunks.append(chunk)
             self._wake()
 

@@ -83,7 +83,9 @@ def encode_answer(value: object, index: int) -> Buffer:
             return _save(torch, value)
         return _pretty_json(value)
     except (TypeError, ValueError, RecursionError) as error:
-        raise Refused(f"Unsupported model output data type: answer {index} is of type {type(value).__name__}: {error}") from None
+        raise Refused(
+            f"Unsupported model output data type: answer {index} is of type {type(value).__name__}: {error}"
+        ) from None
 
 
 def _pretty_json(value: object) -> bytes:

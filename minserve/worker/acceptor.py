@@ -80,6 +80,7 @@ class Acceptor:
             finally:
                 for server in servers:
                     server.cancel()
+                await asyncio.wait(servers)  # they still have the listeners in the loop's poll
                 close_all(self._listeners)
         return [self._arrivals[rank] for rank in range(self._expected.world_size)]
 

@@ -152,9 +152,12 @@ class Broadcast:
         """
         batch = self._outstanding.get(frame.seq)
         if batch is None:
-            if frame.kind is Kind.ERROR and link.rank != 0 and 0 < frame.seq <= self._seq:
-                self._failed_late(link, frame.seq, unpack(Failure, frame.meta))
-                return
+            if 0 < frame.seq <= self._seq:
+                if frame.kind is Kind.ERROR:
+                    self._failed_late(link, frame.seq, unpack(Failure, frame.meta))
+                    return
+                if frame.kind is Kind.DONE and self._limits.reply_after_all:
+                    return  # rank 0 alone has ended the batch: its answer was refused, or a pipeline passed a failure on
             raise WireError(f"{frame.kind.name} for batch {frame.seq}, which is not under way (last sent: {self._seq})")
         if frame.kind is Kind.ERROR:
             self._failed(link, batch, unpack(Failure, frame.meta))
@@ -233,7 +236,7 @@ class Broadcast:
             self._grace_alarm.at(self._clock.time() + self._limits.error_grace)
 
     def _failed_late(self, link: RankLink, seq: int, failure: Failure) -> None:
-        """A rank > 0 reports on a batch that is over for the client."""
+        """A report on a batch that is over for the client: from a rank > 0, or from rank 0 behind a refused chunk."""
         self._log(link, seq, failure)
         if (seq, failure.type_name, failure.place) not in self._continued:
             self.causes.append(_cause(link, failure, self._clock.time()))
@@ -241,7 +244,7 @@ class Broadcast:
 
     def _in_step(self, batch: Outstanding, failure: Failure) -> bool:
         """Whether every rank that must report has reported this same failure, and the group can go on after it."""
-        if failure.kind in ("collective", "device"):
+        if any(report.kind in ("collective", "device") for report in batch.failures.values()):
             return False
         same = (failure.type_name, failure.place)
         reports = [batch.failures.get(rank) for rank in failure.needs]

@@ -36,12 +36,15 @@ class RuntimeDirectory:
         root = runtime_root(environ)
         _remove_stale(root)
         self.path = root / f"minserve-{os.getpid()}"
+        # Locked before it has its name: another server that starts just now must not take it for a dead one's.
+        unnamed = root / f".{self.path.name}"
         try:
-            self.path.mkdir(mode=0o700)
-            self._lock = os.open(self.path / "lock", os.O_CREAT | os.O_RDWR | os.O_CLOEXEC, 0o600)
+            unnamed.mkdir(mode=0o700)
+            self._lock = os.open(unnamed / "lock", os.O_CREAT | os.O_RDWR | os.O_CLOEXEC, 0o600)
+            fcntl.flock(self._lock, fcntl.LOCK_EX)
+            unnamed.rename(self.path)
         except OSError as error:
             raise StartupError(f"cannot create the runtime directory {self.path}: {error.strerror}") from None
-        fcntl.flock(self._lock, fcntl.LOCK_EX)
         self._models = 0
 
     def new_model_directory(self) -> Path:
