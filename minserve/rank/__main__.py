@@ -20,7 +20,10 @@ def main() -> None:
     connection = Connection(process.connect(launch))
     connection.hello(launch)
     process.exit_when_the_server_is_gone(connection.socket)
-    sys.exit(Rank(launch, connection).run())
+    code = process.run_to_the_end(Rank(launch, connection).run)
+    # The server shall see this rank's end as one event: its socket stays open until the kernel closes it.
+    connection.socket.detach()
+    sys.exit(code)
 
 
 if __name__ == "__main__":

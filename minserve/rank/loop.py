@@ -78,7 +78,6 @@ class Rank:
             handler = load_handler(Path(load.model_dir), load.handler, self._context)
         except (Exception, SystemExit) as error:
             failure = describe(error, self._rank, self._world_size)
-            logger.error("cannot load: %s: %s", failure.type_name, failure.text)
             self._connection.send(Kind.FAILED, failure)
             return None
         self._connection.send(Kind.LOADED, Loaded(time.monotonic() - began))
@@ -118,7 +117,7 @@ class Rank:
                 answers = yield_all(answers, stream)
             self._answer(answers, stream, frame.seq, len(batch.requests))
         except Refused as refusal:
-            self._report(Failure("refused", "Refused", str(refusal), "", "", self._rank, ()), frame.seq)
+            self._report(Failure("refused", "", str(refusal), "", "", self._rank, ()), frame.seq)
         except Exception as error:
             self._report(describe(error, self._rank, self._world_size), frame.seq)
             self._wait_for_continue(frame.seq)
@@ -144,7 +143,7 @@ class Rank:
     # ── failures ──
 
     def _refused_chunk(self, refusal: Refused) -> None:
-        self._report(Failure("refused", "Refused", str(refusal), "", "", self._rank, ()), self._last_seq)
+        self._report(Failure("refused", "", str(refusal), "", "", self._rank, ()), self._last_seq)
 
     def _report(self, failure: Failure, seq: int) -> None:
         self._connection.send(Kind.ERROR, failure, seq)

@@ -53,9 +53,16 @@ class Cause:
         return f"{who} (pid {self.pid}) {self.detail}" if self.pid else f"{who} {self.detail}"
 
     @property
-    def by_sigterm(self) -> bool:
-        """Whether it is a death of the kind that torchrun brings on the siblings of a dead rank."""
-        return self.what is What.DEATH and self.exit_code == -signal.SIGTERM
+    def is_consequence(self) -> bool:
+        """Whether it is a death that another one brings about.
+
+        torchrun SIGTERMs the siblings of a dead rank and then exits with 1 itself; only a signal ends it on its own account.
+        """
+        if self.what is not What.DEATH:
+            return False
+        if self.rank == AGENT:
+            return (self.exit_code or 0) >= 0
+        return self.exit_code == -signal.SIGTERM
 
 
 def culprit(causes: Iterable[Cause]) -> Cause:
@@ -64,9 +71,7 @@ def culprit(causes: Iterable[Cause]) -> Cause:
 
 
 def _order(cause: Cause) -> tuple[int, bool, bool, float]:
-    # torchrun exits with 1 whenever a rank has failed: then its own death is a consequence, unless a signal ended it.
-    consequence = cause.by_sigterm or (cause.rank == AGENT and (cause.exit_code or 0) >= 0)
-    return (cause.what, consequence, cause.rank != AGENT, cause.at)
+    return (cause.what, cause.is_consequence, cause.rank != AGENT, cause.at)
 
 
 def describe_exit(code: int | None) -> str:

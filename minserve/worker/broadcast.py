@@ -258,11 +258,12 @@ class Broadcast:
         self._on_broken(culprit(self.causes))
 
     def _log(self, link: RankLink, seq: int, failure: Failure) -> None:
-        what = f"{failure.type_name}: {failure.text} in batch {seq} at {failure.place}"
+        what = f"{failure.type_name or failure.kind}: {failure.text} in batch {seq} {failure.place}"
         logger.error("%s rank %d (pid %d): %s\n%s", self._who, link.rank, link.pid, what, failure.traceback.rstrip())
 
     def _answer_failed(self, batch: Outstanding, rank: int, failure: Failure) -> None:
-        text = f"Prediction failed: {self._who}, rank {rank}: {failure.type_name}: {failure.text}"
+        what = f"{failure.type_name}: {failure.text}" if failure.type_name else failure.text
+        text = f"Prediction failed: {self._who}, rank {rank}: {what}"
         error = (HandlerOutOfMemory if failure.kind == "memory" else HandlerError)(text)
         if failure.status:
             error.status = failure.status

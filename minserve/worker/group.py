@@ -255,7 +255,7 @@ class RankGroup:
         self.pids[rank] = pid
         # A process without torchrun is its own agent, and watched as such already.
         if pid != self.agent_pid:
-            self._watches.append(Watch(pid, lambda code: self._rank_exited(rank, code)))
+            self._watches.append(Watch(pid, lambda code: self._rank_exited(rank, pid, code)))
 
     def _received(self, link: Link, frame: Frame) -> None:
         if frame.kind is Kind.PROGRESS:
@@ -280,17 +280,15 @@ class RankGroup:
         detail = "closed its socket" if reason is None else f"broke the protocol: {reason}"
         self._suspect(Cause(what, link.rank, link.pid, detail, self._loop.time()), final=reason is not None)
 
-    def _rank_exited(self, rank: int, code: int | None) -> None:
+    def _rank_exited(self, rank: int, pid: int, code: int | None) -> None:
         # Its socket's end may have been seen a moment before; this says more about the same death.
         self._causes = [cause for cause in self._causes if (cause.rank, cause.what) != (rank, What.DEATH)]
-        cause = Cause(What.DEATH, rank, self.pids[rank], describe_exit(code), self._loop.time(), code)
-        self._suspect(cause, final=not cause.by_sigterm)
+        cause = Cause(What.DEATH, rank, pid, describe_exit(code), self._loop.time(), code)
+        self._suspect(cause, final=not cause.is_consequence)
 
     def _agent_exited(self, code: int | None) -> None:
         self._process.wait()  # it is a zombie now, so this does not block
-        rank = AGENT if self._spec.config.is_parallel else 0
-        cause = Cause(What.DEATH, rank, self.agent_pid, describe_exit(code), self._loop.time(), code)
-        self._suspect(cause, final=rank == 0 or (code or 0) < 0)
+        self._rank_exited(AGENT if self._spec.config.is_parallel else 0, self.agent_pid, code)
 
     def _load_failed(self, link: Link, failure: Failure) -> None:
         text = f"{failure.type_name}: {failure.text} at {failure.place}"

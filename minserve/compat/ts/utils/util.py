@@ -10,4 +10,4 @@ class PredictionException(Exception):
         super().__init__(message)
 
     def __str__(self) -> str:
-        return f"message: {self.message} error_code: {self.error_code}"
+        return self.message
