@@ -138,7 +138,8 @@ class MinServeConfig(_Keys):
     accept_timeout: Timeout = 30.0
     """Seconds from the start of a worker until all its ranks have connected. Default 30."""
     in_flight: Count | None = None
-    """Batches that a worker may have under way at once. Default 1, with the pipeline helper its number of stages."""
+    """Batches that a worker may have under way at once. Default 1: the next one leaves with
+    the answer to the last."""
     socket_type: Literal["unix", "tcp"] = "unix"
     """Sockets between the server and the ranks. Default unix."""
     port: Port | None = None

@@ -43,8 +43,9 @@ class ServerOptions(BaseModel):
     """responseTimeout of a model that sets none, in seconds. Default 120."""
     default_startup_timeout: Timeout = 120.0
     """startupTimeout of a model that sets none, in seconds. Default 120."""
-    default_workers_per_model: Count = 1
-    """Workers of a model that sets neither minWorkers nor maxWorkers. Default 1."""
+    default_workers_per_model: Count | None = None
+    """Workers of a model that sets neither minWorkers nor maxWorkers. Default: one for each visible GPU for a model of one
+    process, as TorchServe's; 1 on CPU and for a group of ranks."""
     job_queue_size: Count = 100
     """jobQueueSize of a model that sets none. Default 100."""
     max_request_size: Count = 6_553_500

@@ -7,7 +7,7 @@ import logging
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from minserve.config.model import CONFIG_FILE, read_model_config
+from minserve.config.model import CONFIG_FILE, ParallelType, read_model_config
 from minserve.config.problems import raise_errors
 from minserve.dispatch.dispatcher import Dispatcher
 from minserve.errors import ConfigError, ModelNotFound, ModelUnhealthy, ModelVersionNotFound
@@ -18,6 +18,7 @@ from minserve.worker.supervisor import Supervisor
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Mapping
 
+    from minserve.config.keys import ModelConfig
     from minserve.config.problems import Problem
     from minserve.config.server import ServerOptions
     from minserve.registry.store import Location
@@ -61,7 +62,16 @@ def validate_model(location: Location, options: ServerOptions, inventory: Invent
         queue_limit=config.job_queue_size or options.job_queue_size,
         debug=options.log_level == "debug",
     )
-    return ValidModel(spec, config.min_workers_or(options.default_workers_per_model), read.warnings)
+    return ValidModel(spec, config.min_workers_or(_default_workers(config, options, inventory)), read.warnings)
+
+
+def _default_workers(config: ModelConfig, options: ServerOptions, inventory: Inventory) -> int:
+    """How many workers a model gets that does not say: one a GPU for a single process, else one."""
+    if options.default_workers_per_model is not None:
+        return options.default_workers_per_model
+    if config.is_parallel or config.parallel_type is ParallelType.CUSTOM or config.device_type == "cpu":
+        return 1
+    return max(1, len(config.device_ids or inventory.masks))
 
 
 class ServedModel:
