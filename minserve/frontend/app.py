@@ -16,6 +16,9 @@ if TYPE_CHECKING:
     from minserve.registry.models import Registry
 
 
+SHUTDOWN_TIMEOUT_S = 5.0  # for clients that are slow to read an answer; by then no request is left in flight
+
+
 def inference_app(registry: Registry, max_request_size: int) -> web.Application:
     """What listens on the inference port."""
     app = _application(max_request_size)
@@ -44,7 +47,9 @@ def runner(app: web.Application) -> web.AppRunner:
     `handler_cancellation`: a client that disconnects cancels its request, which takes it out of the queue. An access log
     costs as much as the rest of aiohttp. `auto_decompress` would let a small body grow past the limit.
     """
-    return web.AppRunner(app, handler_cancellation=True, access_log=None, auto_decompress=False)
+    return web.AppRunner(
+        app, handler_cancellation=True, access_log=None, auto_decompress=False, shutdown_timeout=SHUTDOWN_TIMEOUT_S
+    )
 
 
 def require_c_parser() -> None:

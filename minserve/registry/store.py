@@ -36,6 +36,8 @@ def locate(store: Path, wanted: Sequence[str]) -> list[Location]:
     """
     if not store.is_dir():
         raise StartupError(f"model store {store}: no such directory")
+    if _is_model(store):
+        raise StartupError(f"model store {store} is itself a model directory; give the folder that holds it")
     locations: list[Location] = []
     for item in wanted:
         if item.lower() == "all":
@@ -49,13 +51,17 @@ def locate(store: Path, wanted: Sequence[str]) -> list[Location]:
     return locations
 
 
+def _is_model(path: Path) -> bool:
+    return (path / CONFIG_FILE).exists() or (path / "handler.py").exists()
+
+
 def _all(store: Path) -> list[Location]:
     """Every folder of the store that looks like a model directory, by name."""
     locations = []
     for path in sorted(store.iterdir()):
         if not path.is_dir() or path.name.startswith((".", "__")):
             continue
-        if (path / CONFIG_FILE).exists() or (path / "handler.py").exists():
+        if _is_model(path):
             locations.append(Location(path.resolve()))
         else:
             logger.warning("%s: skipped, it has neither a %s nor a handler.py", path, CONFIG_FILE)

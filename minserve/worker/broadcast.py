@@ -100,9 +100,9 @@ class Broadcast:
         self._grace_alarm = Alarm(clock, self._grace_over)
         # Exceptions of the batch that is in doubt. While there are any, no new batch goes out.
         self.causes: list[Cause] = []
-        self._continued: deque[tuple[int, str, str]] = deque(
-            maxlen=64
-        )  # seq, type and place of the latest failures in step
+        # Seq, type and place of the latest failures in step: a rank's report of one may come after its batch is over.
+        self._continued: deque[tuple[int, str, str]] = deque(maxlen=64)
+        self._crowded_until = math.inf  # how long it is borne that a link has no room
         self.batches_done = 0
         self.last_done_at = clock.time()
 
@@ -113,6 +113,15 @@ class Broadcast:
         if len(self._outstanding) >= self._limits.in_flight or self.causes:
             return False
         return all(link.has_room for link in self._links)
+
+    def room_changed(self) -> None:
+        """A link has come to have no room for another batch, or has room again."""
+        if all(link.has_room for link in self._links):
+            self._crowded_until = math.inf
+            self._on_free()
+        elif self._crowded_until == math.inf:
+            self._crowded_until = self._clock.time() + self._limits.response_timeout
+            self._due_alarm.at(self._crowded_until)
 
     def send(self, requests: list[Request]) -> None:
         """Broadcasts one batch."""
@@ -275,6 +284,12 @@ class Broadcast:
 
     def _look_at_due(self) -> None:
         now = self._clock.time()
+        if self._crowded_until <= now:
+            link = next(link for link in self._links if not link.has_room)
+            text = f"has taken no batch for {self._limits.response_timeout:g} s"
+            self._on_broken(Cause(What.SILENCE, link.rank, link.pid, text, now))
+            return
+        self._due_alarm.at(self._crowded_until)
         for batch in self._outstanding.values():
             if batch.due <= now:
                 self._on_broken(culprit([*self.causes, self._silent(batch, now)]))

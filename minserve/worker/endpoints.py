@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import socket
 from dataclasses import dataclass
@@ -60,7 +61,7 @@ def listen_tcp(world_size: int, first: int = FIRST_PORT) -> tuple[Endpoints, lis
     """Binds the first N consecutive free ports of the loopback interface from `first` on.
 
     Raises:
-        WorkerFailed: there are none.
+        WorkerFailed: there are none, or no sockets to bind.
     """
     base = first
     while base + world_size - 1 <= LAST_PORT:
@@ -70,10 +71,11 @@ def listen_tcp(world_size: int, first: int = FIRST_PORT) -> tuple[Endpoints, lis
                 listener = socket.socket(socket.AF_INET, socket.SOCK_STREAM)
                 listeners.append(listener)
                 listener.bind((LOOPBACK, port))
-        except OSError:
+        except OSError as error:
+            close_all(listeners)
+            if error.errno not in (errno.EADDRINUSE, errno.EACCES):
+                raise WorkerFailed(f"cannot listen on {LOOPBACK}: {error.strerror}") from None
             base += len(listeners)  # the last one was taken; none of the run can start before it
-            for listener in listeners:
-                listener.close()
             continue
         return Endpoints(f"tcp:{LOOPBACK}:", base, world_size), [_listening(listener) for listener in listeners]
     raise WorkerFailed(f"no {world_size} consecutive free ports on {LOOPBACK} from {first} on")

@@ -11,6 +11,7 @@ import logging
 import os
 import secrets
 import shutil
+import signal
 from typing import TYPE_CHECKING, TypeVar
 
 from minserve.errors import RankProtocolError, ResponseTimeout, WireError, WorkerFailed, WorkerOutOfMemory
@@ -147,6 +148,7 @@ class RankGroup:
             link = Link(arrival.hello, self._received, self._room, self._lost)
             await self._loop.connect_accepted_socket(lambda link=link: link, arrival.socket)  # type: ignore[misc]
             self._links.append(link)
+        self._outputs[AGENT].level = logging.DEBUG  # from here on torchrun only repeats what the ranks tell
         self._broadcast = Broadcast(self._loop, self._links, self._spec.limits, self._who, self._on_free, self._fail)
 
     async def load(self, timeout: float) -> None:
@@ -208,6 +210,11 @@ class RankGroup:
     def busy(self) -> bool:
         """Whether a batch is under way."""
         return self._broadcast is not None and self._broadcast.busy
+
+    @property
+    def served(self) -> bool:
+        """Whether it has carried a batch through."""
+        return self._broadcast is not None and self._broadcast.batches_done > 0
 
     # ── end ──
 
@@ -273,7 +280,8 @@ class RankGroup:
             self._broadcast.received(link, frame)
 
     def _room(self) -> None:
-        self._on_free()
+        if self._broadcast is not None:
+            self._broadcast.room_changed()
 
     def _lost(self, link: Link, reason: str | None) -> None:
         what = What.DEATH if reason is None else What.PROTOCOL
@@ -284,7 +292,8 @@ class RankGroup:
         # Its socket's end may have been seen a moment before; this says more about the same death.
         self._causes = [cause for cause in self._causes if (cause.rank, cause.what) != (rank, What.DEATH)]
         cause = Cause(What.DEATH, rank, pid, describe_exit(code), self._loop.time(), code)
-        self._suspect(cause, final=not cause.is_consequence)
+        # SIGKILL may be the agent's death signal, and then the agent's own end is a moment away.
+        self._suspect(cause, final=not cause.is_consequence and (rank == AGENT or code != -signal.SIGKILL))
 
     def _agent_exited(self, code: int | None) -> None:
         self._process.wait()  # it is a zombie now, so this does not block
@@ -336,5 +345,7 @@ class RankGroup:
         return f"{progress.stage} {progress.done} of {progress.total}" if progress.total else progress.stage
 
     def _last_lines(self, ranks: list[int]) -> tuple[str, ...]:
-        """The last lines that the ranks printed, those of torchrun behind them: it prints what Python says at start."""
-        return tuple(line for rank in [*ranks, AGENT] if rank in self._outputs for line in self._outputs[rank].tail)
+        """The last lines that the ranks printed; torchrun's, too, where one has not come as far as its own pipe."""
+        silent = any(rank not in self.pids for rank in ranks)
+        sources = [*ranks, AGENT] if silent else ranks
+        return tuple(line for rank in sources if rank in self._outputs for line in self._outputs[rank].tail)

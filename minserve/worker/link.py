@@ -25,7 +25,9 @@ class Link(asyncio.BufferedProtocol):
 
     Args:
         hello: what the rank said of itself.
-        on_frame, on_room, on_lost: called with this link; `on_lost` once, with the reason or None for a plain EOF.
+        on_frame: called with each frame.
+        on_room: called when `has_room` has changed.
+        on_lost: called once, with the reason or None for a plain EOF.
     """
 
     def __init__(
@@ -87,6 +89,7 @@ class Link(asyncio.BufferedProtocol):
     def pause_writing(self) -> None:
         """The unsent bytes are over the mark."""
         self.has_room = False
+        self._on_room()
 
     def resume_writing(self) -> None:
         """The unsent bytes are under the mark again."""

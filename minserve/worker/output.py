@@ -28,12 +28,17 @@ class Output:
     Args:
         fd: the non-blocking read end; closed with the output.
         who: stands in front of each line: "model/worker rank 1".
+
+    Attributes:
+        tail: the last lines.
+        level: the log level of the lines.
     """
 
     def __init__(self, fd: int, who: str) -> None:
         self._fd = fd
         self._who = who
         self._rest = b""
+        self.level = logging.INFO
         self.tail: deque[str] = deque(maxlen=TAIL_LINES)
         self._loop = asyncio.get_running_loop()
         self._loop.add_reader(fd, self._readable)
@@ -71,7 +76,7 @@ class Output:
         for line in lines:
             text = line.decode("utf-8", "replace").rstrip("\r")
             self.tail.append(text)
-            logger.info("%s | %s", self._who, text)
+            logger.log(self.level, "%s | %s", self._who, text)
 
 
 def open_fifo(path: Path) -> int:

@@ -26,8 +26,9 @@ logger = logging.getLogger(__name__)
 class RetryWindow:
     """How often and how long a worker is restarted.
 
-    The window opens with a worker's first failure and closes when it has been READY for `stable` seconds; the steps of the
-    back-off begin anew then, too.
+    The window opens with a worker's first failure and closes when it has carried a batch through, or has been READY for
+    `stable` seconds: one that serves between failures is worth restarting, one that only loads is not. The steps of the
+    back-off begin anew after `stable` seconds alone.
 
     Args:
         steps: seconds to wait before each restart; the last one repeats.
@@ -45,27 +46,33 @@ class RetryWindow:
         self._opened: float | None = None
         self._ready_since: float | None = None
         self._restarts = 0
+        self._step = 0
 
     def ready(self) -> None:
         """The worker has become READY."""
         self._ready_since = self._clock.time()
 
-    def failed(self) -> float | None:
+    def failed(self, served: bool) -> float | None:
         """The worker has failed.
+
+        Args:
+            served: whether it had carried a batch through since it became READY.
 
         Returns:
             Seconds to wait before the restart; None if there shall be none.
         """
         now = self._clock.time()
-        if self._ready_since is not None and now - self._ready_since >= self._stable:
-            self._opened = None
-            self._restarts = 0
+        stable = self._ready_since is not None and now - self._ready_since >= self._stable
         self._ready_since = None
-        if self._opened is None:
+        if stable:
+            self._step = 0
+        if stable or served or self._opened is None:
             self._opened = now
+            self._restarts = 0
         if now - self._opened >= self._window or (self._most is not None and self._restarts >= self._most):
             return None
-        delay = self._steps[min(self._restarts, len(self._steps) - 1)] if self._steps else 0.0
+        delay = self._steps[min(self._step, len(self._steps) - 1)]
+        self._step += 1
         self._restarts += 1
         return min(delay, self._opened + self._window - now)
 
@@ -101,11 +108,11 @@ class Supervisor:
         self._tasks = [asyncio.create_task(self._keep(worker)) for worker in self._workers]
 
     async def stop(self, drain_timeout: float) -> None:
-        """Drains and ends every worker; requests that still wait are answered."""
+        """Refuses what waits and what still comes, lets finish what is in flight, and ends every worker."""
+        self._dispatcher.refuse(Draining(f'Model "{self._spec.name}": the server is shutting down'))
         await asyncio.gather(
             *(self._stop(worker, task, drain_timeout) for worker, task in zip(self._workers, self._tasks, strict=True))
         )
-        self._dispatcher.refuse(Draining(f'Model "{self._spec.name}": the server is shutting down'))
 
     async def _stop(self, worker: Worker, task: asyncio.Task[None], drain_timeout: float) -> None:
         task.cancel()  # no more restarts; a start under way ends here, a READY worker does not notice
@@ -149,7 +156,7 @@ class Supervisor:
                 logger.exception("%s: unforeseen", worker.who)
                 error = WorkerFailed(f"{worker.who}: {type(unforeseen).__name__}: {unforeseen}")
             self._on_change()
-            delay = window.failed()
+            delay = window.failed(worker.served)
             if delay is None:
                 self._give_up(worker, error)
                 return

@@ -121,6 +121,7 @@ class Worker:
         self._starts = 0
         self._last_error: WorkerFailed | None = None
         self._last_error_at = 0.0
+        self._served = False
         self._drained = asyncio.Event()
 
     @property
@@ -190,6 +191,11 @@ class Worker:
         self._release()
         self._enter(State.STOPPED)
 
+    @property
+    def served(self) -> bool:
+        """Whether the rank group that failed last had carried a batch through."""
+        return self._served
+
     # ── a lane of the dispatcher ──
 
     def has_place(self) -> bool:
@@ -248,6 +254,7 @@ class Worker:
 
     async def _fail(self, error: WorkerFailed) -> None:
         self._dispatcher.detach(self)
+        self._served = self._group is not None and self._group.served
         self._last_error, self._last_error_at = error, time.time()
         logger.error("%s%s", error, "".join(f"\n    {line}" for line in error.last_lines))
         await self._end_group()

@@ -178,3 +178,18 @@ def test_a_client_that_leaves_leaves_the_queue(running: RunningServer) -> None:
     until(lambda: running.describe("slow")["jobQueueStatus"] == {"remainingCapacity": 3, "pendingRequests": 0}, 1.0)
     for thread in busy:
         thread.join(10)
+
+
+def test_a_rank_that_takes_no_more_batches_fails_its_worker() -> None:
+    """Rank 0 goes on answering; the rank that stands still is found by its full socket."""
+    with server(MODELS / "bulky") as running:
+        running.wait_until_ready("bulky")
+        os.kill(running.pids("bulky")[1], signal.SIGSTOP)
+        body, headers = b"x" * 1_000_000, {"Content-Type": "application/octet-stream"}
+        answers = [running.predict("bulky", body, headers=headers) for _ in range(3)]
+        assert answers[0].body == b"1000000"
+        until(lambda: running.restarts("bulky") == 1, 20.0)
+        assert "rank 1" in str(running.workers("bulky")[0]["lastError"])
+        assert "has taken no batch for 2 s" in str(running.workers("bulky")[0]["lastError"])
+        running.wait_until_ready("bulky")
+        assert running.predict("bulky", body, headers=headers).body == b"1000000"
