@@ -7,6 +7,7 @@ a worker has a free place. Then a batch is cut at once if `batch_size` requests 
 from __future__ import annotations
 
 import asyncio
+import logging
 import math
 from collections import deque
 from typing import TYPE_CHECKING, Protocol
@@ -17,6 +18,8 @@ from minserve.errors import DeadlineExceeded, MinServeError, QueueFull
 if TYPE_CHECKING:
     from minserve.dispatch.clock import Clock
     from minserve.dispatch.request import Reply, Request
+
+logger = logging.getLogger(__name__)
 
 
 class Lane(Protocol):
@@ -90,21 +93,12 @@ class Dispatcher:
         """How many more may wait."""
         return max(0, self._queue_limit - len(self._queue))
 
-    @property
-    def idle(self) -> bool:
-        """Whether no request is queued or in flight."""
-        return not self._live
-
     # ── for the supervisor and the workers ──
 
     def refuse(self, error: MinServeError) -> None:
         """From now on no request is admitted, and those that wait are answered: `error` says why."""
         self._refusal = error
         self.fail_queued(error)
-
-    def admit_again(self) -> None:
-        """Takes a refusal back."""
-        self._refusal = None
 
     def fail_queued(self, error: MinServeError) -> None:
         """Answers every request that waits with an error."""
@@ -149,7 +143,15 @@ class Dispatcher:
                 return
             batch = self._take()
             if batch:
-                lane.send(batch)
+                self._send(lane, batch)
+
+    def _send(self, lane: Lane, batch: list[Request]) -> None:
+        try:
+            lane.send(batch)
+        except Exception:  # nothing in a request may do this; if it does, its clients shall know
+            logger.exception("%s: a batch could not be sent", self._model)
+            for request in batch:
+                request.fail(MinServeError(f'Model "{self._model}": the request could not be sent to the ranks'))
 
     def _next_lane(self) -> Lane | None:
         for _ in range(len(self._lanes)):
@@ -166,7 +168,7 @@ class Dispatcher:
         while self._queue and len(batch) < self._batch_size:
             request = self._queue.popleft()
             if request.deadline <= now:
-                request.fail(self._too_late())
+                request.fail(self._too_late(request))
             elif not request.reply.done():
                 batch.append(request)
         return batch
@@ -184,12 +186,13 @@ class Dispatcher:
         now = self._clock.time()
         late = [request for request in self._live if request.deadline <= now]
         for request in late:
-            request.fail(self._too_late())
+            request.fail(self._too_late(request))
         if late:
             self._queue = deque(request for request in self._queue if request.deadline > now)
         self._deadline_alarm.at(
             min((request.deadline for request in self._live if request.deadline > now), default=math.inf)
         )
 
-    def _too_late(self) -> DeadlineExceeded:
-        return DeadlineExceeded(f'Model "{self._model}": no answer within the request\'s deadline')
+    def _too_late(self, request: Request) -> DeadlineExceeded:
+        where = f"{request.worker} is still at work on it" if request.worker else "no worker had a place for it"
+        return DeadlineExceeded(f'Model "{self._model}": no answer within the request\'s deadline; {where}')

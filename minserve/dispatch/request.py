@@ -79,7 +79,7 @@ class Reply:
 class Request:
     """One client's request: `meta` and `bodies` as every rank gets them, and where its answer goes.
 
-    `deadline` is a time on the dispatcher's clock. `reply` is set exactly once.
+    `deadline` is a time on the dispatcher's clock. `reply` is set exactly once. `worker` is empty while it waits.
     """
 
     meta: RequestMeta
@@ -87,6 +87,7 @@ class Request:
     deadline: float
     reply: asyncio.Future[Reply]
     arrived: float = 0.0
+    worker: str = ""
     stream: Stream | None = field(default=None)
 
     def answer(self, answer: Answer, body: Buffer) -> None:

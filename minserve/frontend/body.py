@@ -29,12 +29,18 @@ async def read_parts(request: web.Request) -> tuple[tuple[Part, ...], list[bytes
         BadRequest: a form that does not parse.
         BodyTooLarge: it is over the server's limit. aiohttp raises its own for a raw body.
     """
-    kind = request.headers.get(hdrs.CONTENT_TYPE, "")
-    if kind and kind.startswith((MULTIPART, URL_ENCODED)):
-        fields = await (_multipart(request) if kind.startswith(MULTIPART) else _url_encoded(request))
+    kind = printable(request.headers.get(hdrs.CONTENT_TYPE, ""))
+    mime = kind.partition(";")[0].strip().lower()
+    if mime in (MULTIPART, URL_ENCODED):
+        fields = await (_multipart(request) if mime == MULTIPART else _url_encoded(request))
         return tuple(Part(name, mime, len(value)) for name, mime, value in fields), [value for _, _, value in fields]
     body = await request.read()
     return (Part("body", kind, len(body)),), [body]
+
+
+def printable(text: str) -> str:
+    """Text from a client as text that can be encoded: aiohttp turns stray bytes into lone surrogates."""
+    return text if text.isascii() else text.encode("utf-8", "replace").decode()
 
 
 async def _url_encoded(request: web.Request) -> list[tuple[str, str, bytes]]:
@@ -63,7 +69,7 @@ async def _multipart(request: web.Request) -> list[tuple[str, str, bytes]]:
             value = await _read_part(part, room)
             room -= len(value)
             # Of a plain field browsers and curl send no type, and TorchServe makes bytes of it.
-            fields[part.name] = (part.headers.get(hdrs.CONTENT_TYPE, ""), value)
+            fields[printable(part.name)] = (printable(part.headers.get(hdrs.CONTENT_TYPE, "")), value)
     except (ValueError, AssertionError, aiohttp.ClientError, aiohttp.http.HttpProcessingError) as error:
         raise BadRequest(f"bad multipart body: {error}") from None
     return [(name, kind, value) for name, (kind, value) in fields.items()]

@@ -6,23 +6,26 @@ import logging
 from typing import TYPE_CHECKING
 
 from aiohttp import HttpVersion11, web
-from multidict import CIMultiDict
 
 from minserve.errors import MinServeError
 
 if TYPE_CHECKING:
+    from multidict import CIMultiDict
+
     from minserve.dispatch.request import Reply, Stream
 
 logger = logging.getLogger(__name__)
 
 
-async def stream_reply(request: web.Request, reply: Reply, stream: Stream) -> web.StreamResponse:
+async def stream_reply(
+    request: web.Request, reply: Reply, stream: Stream, headers: CIMultiDict[str]
+) -> web.StreamResponse:
     """Relays a stream until it ends. A client that leaves mutes it: the ranks run on, in step, for nobody.
 
     A stream that breaks off ends without its last chunk and with a closed connection, so that no client takes the part for
     the whole.
     """
-    response = web.StreamResponse(status=reply.status, reason=reply.reason or None, headers=CIMultiDict(reply.headers))
+    response = web.StreamResponse(status=reply.status, reason=reply.reason or None, headers=headers)
     if request.version >= HttpVersion11:
         response.enable_chunked_encoding()
     else:
@@ -36,6 +39,8 @@ async def stream_reply(request: web.Request, reply: Reply, stream: Stream) -> we
         logger.warning("%s: stream broken off: %s", request.path, error)
         if request.transport is not None:
             request.transport.abort()
+    except ConnectionError as error:  # seen before the loop has cancelled this call
+        logger.debug("%s: the client has left its stream: %s", request.path, error)
     finally:
         stream.mute()
     return response

@@ -47,7 +47,10 @@ class Connection:
             WireError: the bytes are no frame.
         """
         while not self._frames:
-            count = self.socket.recv_into(self._reader.buffer())
+            try:
+                count = self.socket.recv_into(self._reader.buffer())
+            except ConnectionError:
+                count = 0
             if not count:
                 raise Disconnected
             self._frames.extend(self._reader.received(count))

@@ -70,12 +70,14 @@ def load_handler(model_dir: Path, reference: str, context: Context) -> Handler:
 def _import(path: Path) -> ModuleType:
     if not path.is_file():
         raise HandlerError(f"there is no handler file {path}")
-    # Under its own name, so that `import handler` elsewhere in the model directory finds this same module.
-    spec = importlib.util.spec_from_file_location(path.stem, path)
+    # Under its own name, so that `import handler` elsewhere in the model directory finds this same module; but a file called
+    # json.py must not take the place of a module that others have imported.
+    name = path.stem if path.stem not in sys.modules else f"minserve_handler_{path.stem}"
+    spec = importlib.util.spec_from_file_location(name, path)
     if spec is None or spec.loader is None:
         raise HandlerError(f"{path} is not a Python file")
     module = importlib.util.module_from_spec(spec)
-    sys.modules[path.stem] = module
+    sys.modules[name] = module
     spec.loader.exec_module(module)
     return module
 
@@ -113,15 +115,16 @@ def _initialize(kind: type, file: str, context: Context) -> Handler:
 def _initialize_function(handle: Callable[..., object], context: Context) -> None:
     """TorchServe calls a handler function once with None for data, where it may load its model.
 
-    A function that knows nothing of this fails on the None, and then has nothing to load.
+    A function that knows nothing of this fails on the None, and then has nothing to load. A real mistake in loading that
+    looks like it is not lost: it is a warning here, and the first request fails on it again.
     """
     report_progress("initializing")
     try:
         handle(None, context)
-    except (TypeError, AttributeError) as error:
+    except (TypeError, AttributeError, RuntimeError) as error:
         if "NoneType" not in str(error):
             raise
-        logger.info(
+        logger.warning(
             "handle(None, context) raised %s: %s; taken as a handler with nothing to load", type(error).__name__, error
         )
 

@@ -110,9 +110,10 @@ class Rank:
         stream = Stream(
             self._connection, self._context, frame.seq, len(batch.requests), self._rank == 0, self._refused_chunk
         )
+        data = decode_batch(batch, frame.body)
         streaming.set_current(stream)
         try:
-            answers = handler.handle(decode_batch(batch, frame.body), self._context)
+            answers = handler.handle(data, self._context)
             if inspect.isgenerator(answers):
                 answers = yield_all(answers, stream)
             self._answer(answers, stream, frame.seq, len(batch.requests))

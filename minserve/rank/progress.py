@@ -24,7 +24,7 @@ def report_progress(stage: str, done: int = 0, total: int = 0) -> None:
         total: 0 when the number is not known.
     """
     if _listener is not None:
-        _listener(stage, done, total)
+        _listener(str(stage), int(done), int(total))
 
 
 def listen(listener: Callable[[str, int, int], None] | None) -> None:

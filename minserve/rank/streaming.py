@@ -68,6 +68,10 @@ class Stream:
             items = [(index, value) for index, value in enumerate(values) if value is not None]
             self.send_items(items)
         except Refused as refusal:
+            self._refuse(refusal)
+
+    def _refuse(self, refusal: Refused) -> None:
+        if self._answering and not self.muted:
             self.muted = True
             self._on_refused(refusal)
 
@@ -84,7 +88,8 @@ class Stream:
                 by_index[index] = chunk
             self.send(by_index)
         else:
-            self.send(chunks)  # which says what is wrong with it
+            self.step += 1
+            self._refuse(Refused(f"an intermediate response needs one chunk for each of the requests {indexes}"))
 
     def send_items(self, items: list[tuple[int, object]]) -> None:
         """Sends the chunks there are. Status and headers are what the context says at this moment."""

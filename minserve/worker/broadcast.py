@@ -125,10 +125,12 @@ class Broadcast:
 
     def send(self, requests: list[Request]) -> None:
         """Broadcasts one batch."""
-        self._seq += 1
         meta = Batch(tuple(request.meta for request in requests))
         bodies = [body for request in requests for body in request.bodies]
-        pieces = pack_with_body(Kind.BATCH, meta, bodies, self._seq)
+        pieces = pack_with_body(Kind.BATCH, meta, bodies, self._seq + 1)
+        self._seq += 1  # only now: a batch that cannot be encoded must not leave a gap
+        for request in requests:
+            request.worker = self._who
         for link in self._links:  # no await here, ever: this loop is what makes the order common to all ranks
             link.write(pieces)
         limit = self._limits.response_timeout if self.batches_done else self._limits.first_batch_timeout

@@ -27,6 +27,7 @@ from minserve.worker.output import Output, open_fifo
 from minserve.worker.processes import Watch, kill_tree
 
 if TYPE_CHECKING:
+    import socket
     from collections.abc import Callable, Coroutine, Mapping
     from pathlib import Path
 
@@ -80,6 +81,8 @@ class RankGroup:
         self._loop = asyncio.get_running_loop()
         self._incarnation = f"{spec.name}-{slot}-{secrets.token_hex(4)}"
         self._run_directory = directory / f"{slot}.r"
+        self._listeners: list[socket.socket] = []
+        self._arrivals: list[Arrival] = []  # ranks whose sockets no link has taken over yet
         self._links: list[Link] = []
         self._watches: list[Watch] = []
         self._outputs: dict[int, Output] = {}
@@ -147,6 +150,7 @@ class RankGroup:
         for arrival in arrivals:
             link = Link(arrival.hello, self._received, self._room, self._lost)
             await self._loop.connect_accepted_socket(lambda link=link: link, arrival.socket)  # type: ignore[misc]
+            self._arrivals.remove(arrival)
             self._links.append(link)
         self._outputs[AGENT].level = logging.DEBUG  # from here on torchrun only repeats what the ranks tell
         self._broadcast = Broadcast(self._loop, self._links, self._spec.limits, self._who, self._on_free, self._fail)
@@ -239,6 +243,9 @@ class RankGroup:
             self._broadcast.fail_all(WorkerFailed(f"{self._who}: the worker was stopped"))
         for link in self._links:
             link.close()
+        for arrival in self._arrivals:
+            arrival.socket.close()
+        addressing.close_all(self._listeners)
         for watch in self._watches:
             watch.close()
         for output in self._outputs.values():
@@ -260,6 +267,7 @@ class RankGroup:
         rank, pid = arrival.hello.rank, arrival.hello.pid
         logger.debug("%s: rank %d (pid %d) connected", self._who, rank, pid)
         self.pids[rank] = pid
+        self._arrivals.append(arrival)
         # A process without torchrun is its own agent, and watched as such already.
         if pid != self.agent_pid:
             self._watches.append(Watch(pid, lambda code: self._rank_exited(rank, pid, code)))
@@ -347,5 +355,8 @@ class RankGroup:
     def _last_lines(self, ranks: list[int]) -> tuple[str, ...]:
         """The last lines that the ranks printed; torchrun's, too, where one has not come as far as its own pipe."""
         silent = any(rank not in self.pids for rank in ranks)
-        sources = [*ranks, AGENT] if silent else ranks
-        return tuple(line for rank in sources if rank in self._outputs for line in self._outputs[rank].tail)
+        sources = dict.fromkeys([*ranks, AGENT] if silent else ranks)
+        outputs = [self._outputs[rank] for rank in sources if rank in self._outputs]
+        for output in outputs:
+            output.catch_up()  # a death may be seen before the last words
+        return tuple(line for output in outputs for line in output.tail)

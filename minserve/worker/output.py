@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger("minserve.output")
 
 TAIL_LINES = 20
-READ_BYTES = 64 * 1024
+READ_BYTES = 64 * 1024  # all that a pipe holds
 MAX_LINE_BYTES = 64 * 1024  # a longer line is logged in pieces
 
 
@@ -47,26 +47,29 @@ class Output:
         """Reads what is left, then closes the pipe."""
         if self._fd < 0:
             return
-        while self._readable():
-            pass
+        self.catch_up()
         self._take(b"\n" if self._rest else b"")
         self._loop.remove_reader(self._fd)
         os.close(self._fd)
         self._fd = -1
 
-    def _readable(self) -> bool:
+    def catch_up(self) -> None:
+        """Reads what the pipe holds by now, without waiting for the loop. One read, for somebody may still be writing."""
+        if self._fd >= 0:
+            self._readable()
+
+    def _readable(self) -> None:
         """One read. Not until the pipe is empty: a rank that prints without end must not hold up the loop."""
         try:
             data = os.read(self._fd, READ_BYTES)
         except BlockingIOError:
-            return False
+            return
         except OSError:
             data = b""
         if not data:  # every writer has closed it; a reader left in place would spin
             self._loop.remove_reader(self._fd)
-            return False
+            return
         self._take(data)
-        return True
 
     def _take(self, data: bytes) -> None:
         *lines, self._rest = (self._rest + data).split(b"\n")

@@ -6,6 +6,7 @@ import fcntl
 import json
 import os
 import shutil
+import stat
 import tempfile
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -38,6 +39,7 @@ class RuntimeDirectory:
         self.path = root / f"minserve-{os.getpid()}"
         # Locked before it has its name: another server that starts just now must not take it for a dead one's.
         unnamed = root / f".{self.path.name}"
+        shutil.rmtree(unnamed, ignore_errors=True)  # of a server with our pid that was killed on these lines
         try:
             unnamed.mkdir(mode=0o700)
             self._lock = os.open(unnamed / "lock", os.O_CREAT | os.O_RDWR | os.O_CLOEXEC, 0o600)
@@ -108,7 +110,15 @@ def live_servers(environ: Mapping[str, str]) -> list[LiveServer]:
 
 
 def _own_directories(root: Path) -> list[Path]:
-    return [path for path in root.glob("minserve-*") if not path.is_symlink() and path.stat().st_uid == os.getuid()]
+    return [path for path in root.glob("minserve-*") if _is_own_directory(path)]
+
+
+def _is_own_directory(path: Path) -> bool:
+    try:
+        status = path.lstat()
+    except OSError:  # its server, or another that starts, has just removed it
+        return False
+    return stat.S_ISDIR(status.st_mode) and status.st_uid == os.getuid()
 
 
 def _remove_stale(root: Path) -> None:

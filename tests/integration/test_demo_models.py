@@ -104,21 +104,36 @@ def test_ranks_get_torchruns_environment(running: RunningServer) -> None:
         assert (rank["MASTER_ADDR"], rank["OMP_NUM_THREADS"]) == ("127.0.0.1", "1")
 
 
-def test_a_stream_comes_from_rank_0_alone_chunk_by_chunk(running: RunningServer) -> None:
-    """On the wire: one chunk of chunked transfer encoding for each step, none twice."""
+def send_raw(running: RunningServer, model: str, headers: bytes, body: bytes) -> bytes:
+    """What comes back for a request written by hand."""
     where = urlsplit(running.inference)
     assert where.hostname is not None
-    body = b'{"text": "abc", "steps": 4}'
-    head = "POST /predictions/stream-tp HTTP/1.1\r\nHost: x\r\nConnection: close\r\nContent-Type: application/json\r\n"
     with socket.create_connection((where.hostname, where.port or 80), timeout=20) as connection:
-        connection.sendall(head.encode() + b"Content-Length: %d\r\n\r\n" % len(body) + body)
+        connection.sendall(b"POST /predictions/%s HTTP/1.1\r\nHost: x\r\nConnection: close\r\n" % model.encode())
+        connection.sendall(headers + b"\r\nContent-Length: %d\r\n\r\n" % len(body) + body)
         received = b""
         while part := connection.recv(65536):
             received += part
+    return received
+
+
+def test_a_stream_comes_from_rank_0_alone_chunk_by_chunk(running: RunningServer) -> None:
+    """On the wire: one chunk of chunked transfer encoding for each step, none twice."""
+    received = send_raw(running, "stream-tp", b"Content-Type: application/json", b'{"text": "abc", "steps": 4}')
     headers, _, chunks = received.partition(b"\r\n\r\n")
     assert headers.startswith(b"HTTP/1.1 200")
     assert b"transfer-encoding: chunked" in headers.lower()
     assert chunks == b"".join(b"5\r\n%d:%d\n\r\n" % (step, (step + 3) * 3) for step in range(1, 5)) + b"0\r\n\r\n"
+
+
+@pytest.mark.parametrize(
+    "headers", [b"Content-Type: image/\xff", b"X-Odd: \xff\xfe", b"Content-Type: text/plain; charset=\xc3\x28"]
+)
+def test_stray_bytes_in_headers_harm_nobody(running: RunningServer, headers: bytes) -> None:
+    before = running.pids("echo")
+    assert send_raw(running, "echo", headers, b"body").endswith(b"\r\n\r\nbody")
+    assert running.predict("echo", "next").body == b"next"
+    assert running.pids("echo") == before
 
 
 @pytest.mark.asyncio

@@ -1,0 +1,143 @@
+from __future__ import annotations
+
+import asyncio
+import math
+
+import pytest
+
+from minserve.dispatch.request import Request, Stream
+from minserve.errors import DeadlineExceeded, WorkerFailed
+from minserve.wire.messages import Answer, RequestMeta
+
+ANSWER = Answer(0, 0, 418, "Teapot", (("x-a", "1"),))
+
+
+def new_request() -> Request:
+    return Request(RequestMeta("id", (), ()), [], 100.0, asyncio.get_running_loop().create_future())
+
+
+async def drain(stream: Stream) -> list[bytes]:
+    chunks = []
+    while (chunk := await stream.next()) is not None:
+        chunks.append(bytes(chunk))
+    return chunks
+
+
+@pytest.mark.asyncio
+async def test_a_whole_answer_is_the_reply() -> None:
+    request = new_request()
+    request.answer(ANSWER, b"body")
+    reply = request.reply.result()
+    assert (reply.status, reply.reason, reply.headers, reply.body) == (418, "Teapot", (("x-a", "1"),), b"body")
+    assert reply.stream is None
+
+
+@pytest.mark.asyncio
+async def test_only_the_first_outcome_counts() -> None:
+    request = new_request()
+    request.fail(DeadlineExceeded("late"))
+    request.answer(ANSWER, b"body")
+    request.fail(WorkerFailed("dead"))
+    with pytest.raises(DeadlineExceeded, match="late"):
+        await request.reply
+
+
+@pytest.mark.asyncio
+async def test_the_first_chunk_is_the_reply_and_meets_the_deadline() -> None:
+    request = new_request()
+    request.chunk(ANSWER, b"1")
+    reply = request.reply.result()
+    assert (reply.status, reply.reason, reply.headers, reply.body) == (418, "Teapot", (("x-a", "1"),), b"")
+    assert request.deadline == math.inf
+    assert reply.stream is request.stream
+
+
+@pytest.mark.asyncio
+@pytest.mark.parametrize(("last", "expected"), [(b"3", [b"1", b"2", b"3"]), (b"", [b"1", b"2"])])
+async def test_chunks_come_in_order_and_the_answer_is_the_last(last: bytes, expected: list[bytes]) -> None:
+    request = new_request()
+    request.chunk(ANSWER, b"1")
+    request.chunk(ANSWER, b"2")
+    request.answer(ANSWER, last)
+    assert request.stream is not None
+    assert await drain(request.stream) == expected
+
+
+@pytest.mark.asyncio
+async def test_a_failure_in_mid_stream_comes_after_the_chunks() -> None:
+    request = new_request()
+    request.chunk(ANSWER, b"1")
+    request.fail(WorkerFailed("rank 1 died"))
+    request.answer(ANSWER, b"too late")
+    assert request.stream is not None
+    assert await request.stream.next() == b"1"
+    for _ in range(2):  # asked again it is no clean end either
+        with pytest.raises(WorkerFailed, match="rank 1 died"):
+            await request.stream.next()
+
+
+@pytest.mark.asyncio
+async def test_a_stream_that_begins_after_its_client_was_answered_keeps_nothing() -> None:
+    request = new_request()
+    request.fail(DeadlineExceeded("late"))
+    request.chunk(ANSWER, b"1")
+    request.chunk(ANSWER, b"2")
+    request.answer(ANSWER, b"3")
+    assert request.stream is not None
+    assert await drain(request.stream) == []
+    with pytest.raises(DeadlineExceeded):
+        await request.reply
+
+
+@pytest.mark.asyncio
+async def test_muting_drops_what_has_come_and_what_will() -> None:
+    stream = Stream()
+    stream.put(b"1")
+    stream.mute()
+    stream.put(b"2")
+    stream.end()
+    assert await drain(stream) == []
+
+
+@pytest.mark.asyncio
+@pytest.mark.parametrize("event", ["put", "end", "error"])
+async def test_next_waits_for_what_comes(event: str) -> None:
+    stream = Stream()
+    waiting = asyncio.create_task(stream.next())
+    await asyncio.sleep(0)
+    assert not waiting.done()
+    match event:
+        case "put":
+            stream.put(b"1")
+            assert await waiting == b"1"
+        case "end":
+            stream.end()
+            assert await waiting is None
+        case "error":
+            stream.end(WorkerFailed("dead"))
+            with pytest.raises(WorkerFailed):
+                await waiting
+
+
+@pytest.mark.asyncio
+async def test_a_cancelled_next_loses_no_chunk() -> None:
+    stream = Stream()
+    waiting = asyncio.create_task(stream.next())
+    await asyncio.sleep(0)
+    waiting.cancel()
+    stream.put(b"1")
+    with pytest.raises(asyncio.CancelledError):
+        await waiting
+    assert await stream.next() == b"1"
+
+
+@pytest.mark.asyncio
+async def test_several_puts_before_the_reader_wakes_are_all_read() -> None:
+    stream = Stream()
+    reader = asyncio.create_task(drain(stream))
+    await asyncio.sleep(0)
+    stream.put(b"1")
+    stream.put(b"2")
+    stream.end()
+    stream.end(WorkerFailed("after the end nothing counts"))
+    assert await reader == [b"1", b"2"]

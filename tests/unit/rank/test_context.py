@@ -1,0 +1,113 @@
+from __future__ import annotations
+
+import pytest
+
+from minserve.rank.context import Context, RequestProcessor
+from minserve.wire.messages import Part, RequestMeta
+
+META = RequestMeta(
+    "abc",
+    ((b"Content-Type", b"text/plain"), (b"x-note", "ä".encode()), (b"X-Raw", b"\xff")),
+    (Part("body", "text/plain", 3), Part("plain", "", 0)),
+    "v1/rest",
+)
+
+
+def context(*metas: RequestMeta) -> Context:
+    result = Context("m", "/m", {"model": {}}, {"handler": {"x": 1}}, 4, 1, "0.1", False)
+    if metas:
+        result.begin_batch(metas)
+    return result
+
+
+def test_what_is_known_of_the_model_before_any_batch() -> None:
+    fresh = context()
+    assert fresh.system_properties == {
+        "model_dir": "/m",
+        "gpu_id": 1,
+        "batch_size": 4,
+        "server_name": "MMS",
+        "server_version": "0.1",
+        "limit_max_image_pixels": False,
+    }
+    assert fresh.model_yaml_config == {"handler": {"x": 1}}
+    assert fresh.request_ids is None
+    assert fresh.get_request_id() is None
+
+
+def test_request_ids_are_by_place_in_the_batch() -> None:
+    two = context(META, RequestMeta("def", (), ()))
+    assert two.request_ids == {0: "abc", 1: "def"}
+    assert [two.get_request_id(), two.get_request_id(1), two.get_request_id(2)] == ["abc", "def", None]
+
+
+def test_headers_are_the_clients_plus_torchserves_own() -> None:
+    assert context(META).get_all_request_header(0) == {
+        "Content-Type": "text/plain",
+        "x-note": "ä",
+        "X-Raw": "\udcff",
+        "body": {"content-type": "text/plain"},
+        "url_path": "v1/rest",
+        "explain": "False",
+    }
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [("x-note", "ä"), ("X-NOTE", "ä"), ("content-type", "text/plain"), ("URL_path", "v1/rest"), ("absent", None)],
+)
+def test_a_header_is_found_in_any_case(key: str, value: object) -> None:
+    assert context(META).get_request_header(0, key) == value
+
+
+def test_the_exact_name_of_a_header_wins() -> None:
+    headers = ((b"X-A", b"1"), (b"x-a", b"2"), (b"X-a", b"3"))
+    assert context(RequestMeta("", headers, ())).get_request_header(0, "x-a") == "2"
+
+
+def test_answers_start_as_200_without_headers() -> None:
+    one = context(META)
+    assert one.get_response_status(0) == (200, "")
+    assert one.get_response_headers(0) == {}
+    assert one.get_response_content_type(0) is None
+
+
+def test_each_request_has_a_status_and_headers_of_its_own() -> None:
+    two = context(META, META)
+    two.set_response_status(404, "Not here", idx=1)
+    two.set_response_header(1, "x-a", "1")
+    two.set_response_content_type(1, "text/html")
+    assert two.get_response_status(0) == (200, "")
+    assert two.get_response_headers(0) == {}
+    assert two.get_response_status(1) == (404, "Not here")
+    assert two.get_response_headers(1) == {"x-a": "1", "content-type": "text/html"}
+    assert two.get_response_content_type(1) == "text/html"
+
+
+def test_one_status_for_all() -> None:
+    two = context(META, META)
+    two.set_all_response_status(503)
+    assert [two.get_response_status(index) for index in range(2)] == [(503, "")] * 2
+
+
+def test_nothing_of_one_batch_shows_in_the_next_but_what_the_handler_keeps() -> None:
+    kept = context(META, META)
+    kept.set_all_response_status(500, "bad")
+    kept.set_response_header(0, "x-a", "1")
+    setattr(kept, "cache", {"mine": 1})  # noqa: B010  # as handlers do
+    kept.begin_batch([RequestMeta("new", (), ())])
+    assert kept.request_ids == {0: "new"}
+    assert kept.get_response_status(0) == (200, "")
+    assert kept.get_response_headers(0) == {}
+    assert kept.get_all_request_header(0) == {"url_path": "", "explain": "False"}
+    assert getattr(kept, "cache") == {"mine": 1}  # noqa: B009
+
+
+def test_the_processor_has_torchserves_members() -> None:
+    processor = RequestProcessor(META)
+    assert processor.get_request_properties()["x-note"] == processor.get_request_property("X-Note") == "ä"
+    processor.report_status(418, "Teapot")
+    assert (processor.get_response_status_code(), processor.get_response_status_phrase()) == (418, "Teapot")
+    processor.add_response_property("x-a", "1")
+    assert processor.get_response_headers() == {"x-a": "1"}
+    assert (processor.get_response_header("x-a"), processor.get_response_header("x-b")) == ("1", None)

@@ -1,0 +1,452 @@
+from __future__ import annotations
+
+import json
+import logging
+import textwrap
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import minserve
+from minserve.errors import WireError
+from minserve.rank.loop import Rank
+from minserve.wire.frames import Frame, Kind
+from minserve.wire.messages import Answers, Failure, Loaded, Progress, Shutdown, unpack
+from tests.unit.rank.rig import SHUTDOWN, FakeConnection, batch, frame, launch, load, parts, resume
+
+LOG = "minserve.rank.loop"
+COMPAT = Path(minserve.__file__).parent / "compat"
+ECHO = """
+    def handle(data, context):
+        return [bytes(row["body"]) for row in data or []]
+"""
+# Raises where a body says so, and answers the others.
+FRAGILE = """
+    def handle(data, context):
+        for row in data or []:
+            if row["body"] == b"raise":
+                raise LookupError("no such token")
+        return [bytes(row["body"]) for row in data or []]
+"""
+
+
+class Served:
+    """What became of a rank."""
+
+    def __init__(self, connection: FakeConnection, code: int) -> None:
+        self.connection = connection
+        self.code = code
+        self.log = [entry for entry in connection.log if "PROGRESS" not in entry]
+
+
+Serve = Callable[..., Served]
+
+
+@pytest.fixture
+def serve(model_dir: Path) -> Serve:
+    """Runs a rank over a handler's source and the frames behind LOAD. The link ends after the last of them."""
+
+    def run(source: str, *frames: Frame, rank: int = 0, **options: Any) -> Served:
+        (model_dir / "handler.py").write_text(textwrap.dedent(source))
+        connection = FakeConnection([load(str(model_dir), **options), *frames])
+        return Served(connection, Rank(launch(rank), connection).run())
+
+    return run
+
+
+# ── load ──
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_load_is_answered_by_every_rank_after_its_progress(serve: Serve, rank: int) -> None:
+    served = serve(ECHO, SHUTDOWN, rank=rank)
+    assert served.connection.log == [
+        "<LOAD 0",
+        ">PROGRESS 0",
+        ">PROGRESS 0",
+        ">LOADED 0",
+        "<SHUTDOWN 0",
+    ]
+    stages = [unpack(Progress, sent.meta).stage for sent in served.connection.of(Kind.PROGRESS)]
+    assert stages == ["importing", "initializing"]
+    (loaded,) = served.connection.of(Kind.LOADED)
+    assert 0 <= unpack(Loaded, loaded.meta).seconds < 60
+    assert served.code == 0
+
+
+@pytest.mark.parametrize("source", ["raise LookupError('no weights')", "raise SystemExit('no weights')"])
+def test_a_handler_that_cannot_load_is_reported_with_its_traceback(serve: Serve, source: str, model_dir: Path) -> None:
+    served = serve(source, batch(1, b"never read"), rank=1)
+    assert served.log == ["<LOAD 0", ">FAILED 0"]
+    assert served.code == 1
+    failure = served.connection.failure(Kind.FAILED)
+    assert (failure.text, failure.origin, failure.needs) == ("no weights", 1, (0, 1))
+    assert failure.place == f"{model_dir}/handler.py:1"
+    assert source in failure.traceback
+
+
+def test_a_yaml_that_is_none_is_reported_as_a_failed_load(serve: Serve) -> None:
+    served = serve(ECHO, yaml=b"a: [")
+    assert served.log == ["<LOAD 0", ">FAILED 0"]
+
+
+def test_the_context_has_what_load_says(serve: Serve, model_dir: Path) -> None:
+    source = """
+        import json
+        def handle(data, context):
+            known = [context.model_name, context.manifest, context.model_yaml_config, context.system_properties]
+            return [json.dumps(known)]
+    """
+    served = serve(source, batch(1, b""), yaml=b"handler: {layers: 3}", gpu=True, rank=0)
+    ((_, body),) = served.connection.answers()[0]
+    name, manifest, config, properties = json.loads(body)
+    assert name == "m"
+    assert manifest["model"] == {"modelName": "m", "modelVersion": "1.0", "handler": "handler.py"}
+    assert config == {"handler": {"layers": 3}}
+    assert (properties["model_dir"], properties["batch_size"], properties["gpu_id"]) == (str(model_dir), 4, 0)
+
+
+@pytest.mark.parametrize(("gpu", "rank", "expected"), [(True, 0, "0"), (True, 1, "1"), (False, 1, "None")])
+def test_the_gpu_is_this_ranks_own(serve: Serve, gpu: bool, rank: int, expected: str) -> None:
+    source = """
+        class Model:
+            def initialize(self, context):
+                raise LookupError(context.system_properties["gpu_id"])
+            def handle(self, data, context): ...
+    """
+    assert serve(source, gpu=gpu, rank=rank).connection.failure(Kind.FAILED).text == expected
+
+
+def test_anything_but_load_comes_first_stops_the_rank(capfd: pytest.CaptureFixture[str]) -> None:
+    connection = FakeConnection([batch(1, b"x")])
+    assert Rank(launch(1), connection).run() == 1
+    assert capfd.readouterr().err == "minserve: rank 1 stops: expected LOAD, got BATCH\n"
+    assert connection.sent == []
+
+
+@pytest.mark.parametrize("frames", [[], [frame(Kind.DRAIN, Shutdown("")), resume(3)]])
+def test_a_link_that_ends_ends_the_rank_quietly(serve: Serve, frames: list[Frame]) -> None:
+    assert serve(ECHO, *frames).code == 0
+
+
+def test_shutdown_closes_the_handler(serve: Serve, model_dir: Path) -> None:
+    source = ECHO + "\n    def close(): open('closed', 'x').close()"
+    assert serve(source, SHUTDOWN, batch(1, b"never read")).log[-1] == "<SHUTDOWN 0"
+    assert (model_dir / "closed").exists()
+
+
+# ── batches ──
+
+
+def test_rank_0_answers_each_batch(serve: Serve) -> None:
+    served = serve(ECHO, batch(1, b"a", b"bc"), batch(2, b""), SHUTDOWN)
+    assert served.log == ["<LOAD 0", ">LOADED 0", "<BATCH 1", ">REPLY 1", "<BATCH 2", ">REPLY 2", "<SHUTDOWN 0"]
+    assert served.connection.answers() == [[(0, b"a"), (1, b"bc")], [(0, b"")]]
+
+
+def test_rank_0_never_says_that_it_skips(serve: Serve, caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.DEBUG, LOG):
+        serve(ECHO, batch(1, b"a"), SHUTDOWN)
+    assert "skip" not in caplog.text
+
+
+def test_another_rank_runs_the_batch_and_sends_nothing(
+    serve: Serve, model_dir: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    source = """
+        def handle(data, context):
+            if data:
+                with open("ran", "a") as file:
+                    file.write(bytes(data[0]["body"]).decode())
+            return "no list, and nobody minds here"
+    """
+    with caplog.at_level(logging.DEBUG, LOG):
+        served = serve(source, batch(1, b"a"), batch(2, b"b"), SHUTDOWN, rank=1)
+    assert served.log == ["<LOAD 0", ">LOADED 0", "<BATCH 1", "<BATCH 2", "<SHUTDOWN 0"]
+    assert (model_dir / "ran").read_text() == "ab"
+    skips = [record for record in caplog.records if record.name == LOG]
+    assert [(record.levelno, record.getMessage()) for record in skips] == [
+        (logging.DEBUG, "skip sending response at rank 1")
+    ] * 2
+
+
+def test_another_rank_says_done_where_the_reply_waits_for_all(serve: Serve) -> None:
+    assert serve(ECHO, batch(1, b"a"), rank=1, reply_done=True).log[-1] == ">DONE 1"
+    assert serve(ECHO, batch(1, b"a"), rank=0, reply_done=True).log[-1] == ">REPLY 1"
+
+
+@pytest.mark.parametrize(
+    ("frames", "reason"),
+    [
+        ([batch(2, b"x")], "got batch 2 after batch 0"),
+        ([batch(1, b"x"), batch(1, b"x")], "got batch 1 after batch 1"),
+        ([batch(1, b"x"), batch(3, b"x")], "got batch 3 after batch 1"),
+    ],
+)
+def test_a_batch_out_of_sequence_stops_the_rank_before_it_runs(
+    serve: Serve, frames: list[Frame], reason: str, capfd: pytest.CaptureFixture[str]
+) -> None:
+    served = serve(ECHO, *frames, batch(2, b"never read"))
+    assert served.code == 1
+    assert served.log[-1] == f"<BATCH {frames[-1].seq}"
+    assert capfd.readouterr().err == f"minserve: rank 0 stops: {reason}\n"
+
+
+def test_grants_cancels_and_the_rest_between_batches_change_nothing(serve: Serve) -> None:
+    strangers = [Frame(kind, 0, 9, bytearray(), bytearray()) for kind in (Kind.GRANT, Kind.CANCEL, Kind.CONTINUE)]
+    served = serve(ECHO, batch(1, b"a"), *strangers, frame(Kind.DRAIN, Shutdown("")), batch(2, b"b"))
+    assert served.connection.answers() == [[(0, b"a")], [(0, b"b")]]
+
+
+def test_status_and_headers_reach_the_answer_and_not_the_next_one(serve: Serve) -> None:
+    source = """
+        def handle(data, context):
+            if data and data[0]["body"] == b"odd":
+                context.set_response_status(404, "Nowhere", idx=1)
+                context.set_response_content_type(1, "text/x")
+            return [""] * len(data or [])
+    """
+    served = serve(source, batch(1, b"odd", b"x"), batch(2, b"x", b"x"))
+    seen = [[(a.status, a.reason, a.headers) for a, _ in parts(sent)] for sent in served.connection.of(Kind.REPLY)]
+    plain = (200, "", ())
+    assert seen == [[plain, (404, "Nowhere", (("content-type", "text/x"),))], [plain, plain]]
+
+
+def test_a_meta_that_is_no_batch_ends_the_rank(serve: Serve) -> None:
+    with pytest.raises(WireError, match="bad Batch message"):
+        serve(ECHO, Frame(Kind.BATCH, 0, 1, bytearray(b"\xc1"), bytearray()))
+
+
+# ── exceptions ──
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_after_an_exception_a_rank_goes_on_only_with_continue_and_then_in_order(serve: Serve, rank: int) -> None:
+    frames = [batch(1, b"raise"), batch(2, b"a"), batch(3, b"b"), resume(1), batch(4, b"c"), SHUTDOWN]
+    served = serve(FRAGILE, *frames, rank=rank, reply_done=True)
+    end = ">REPLY" if rank == 0 else ">DONE"
+    assert served.log[2:] == [
+        "<BATCH 1",
+        ">ERROR 1",
+        "<BATCH 2",
+        "<BATCH 3",
+        "<CONTINUE 1",
+        f"{end} 2",
+        f"{end} 3",
+        "<BATCH 4",
+        f"{end} 4",
+        "<SHUTDOWN 0",
+    ]
+    assert served.connection.answers() == ([[(0, b"a")], [(0, b"b")], [(0, b"c")]] if rank == 0 else [])
+
+
+def test_a_parked_batch_that_raises_waits_too_and_parks_behind_what_is_parked(serve: Serve) -> None:
+    frames = [batch(1, b"raise"), batch(2, b"raise"), batch(3, b"a"), resume(1), batch(4, b"b"), resume(2)]
+    served = serve(FRAGILE, *frames)
+    assert served.log[2:] == [
+        "<BATCH 1",
+        ">ERROR 1",
+        "<BATCH 2",
+        "<BATCH 3",
+        "<CONTINUE 1",
+        ">ERROR 2",
+        "<BATCH 4",
+        "<CONTINUE 2",
+        ">REPLY 3",
+        ">REPLY 4",
+    ]
+
+
+def test_the_continue_of_another_batch_does_not_count(serve: Serve) -> None:
+    served = serve(FRAGILE, batch(1, b"ok"), batch(2, b"raise"), batch(3, b"a"), resume(1), resume(3))
+    assert served.log[-1] == "<CONTINUE 3"
+    assert served.connection.answers() == [[(0, b"ok")]]
+
+
+@pytest.mark.parametrize("last", [[], [SHUTDOWN, resume(1)]])
+def test_a_rank_that_waits_for_continue_ends_with_its_server(serve: Serve, last: list[Frame]) -> None:
+    served = serve(FRAGILE, batch(1, b"raise"), batch(2, b"parked"), *last)
+    assert served.log[-1] == ("<SHUTDOWN 0" if last else "<BATCH 2")
+    assert served.code == 0
+    assert not served.connection.of(Kind.REPLY)
+
+
+def test_an_exception_is_reported_as_it_was_raised(serve: Serve, model_dir: Path) -> None:
+    failure = serve(FRAGILE, batch(1, b"raise"), rank=1).connection.failure()
+    assert (failure.kind, failure.type_name, failure.text) == ("own", "LookupError", "no such token")
+    assert (failure.place, failure.origin, failure.needs) == (f"{model_dir}/handler.py:5", 1, (0, 1))
+
+
+def test_an_exception_that_quotes_a_lone_surrogate_does_not_end_the_rank(serve: Serve) -> None:
+    source = """
+        import json
+        def handle(data, context):
+            raise KeyError(json.loads(data[0]["body"]))
+    """
+    served = serve(source, batch(1, rb'"\ud800"'), resume(1), SHUTDOWN)
+    assert served.log[-3:] == [">ERROR 1", "<CONTINUE 1", "<SHUTDOWN 0"]
+
+
+def test_a_prediction_exception_chooses_the_status(serve: Serve, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(COMPAT)
+    source = """
+        from ts.utils.util import PredictionException
+        def handle(data, context):
+            if data:
+                raise PredictionException("too long", 413)
+    """
+    failure = serve(source, batch(1, b"x")).connection.failure()
+    assert (failure.type_name, failure.status) == ("PredictionException", 413)
+    assert "too long" in failure.text
+
+
+def test_system_exit_flies(serve: Serve, model_dir: Path) -> None:
+    """The process ends with the handler's own status, which the server tells the client."""
+    with pytest.raises(SystemExit) as exit_:
+        serve("import sys\ndef handle(data, context):\n    if data: sys.exit(7)", batch(1, b"x"))
+    assert exit_.value.code == 7
+
+
+@pytest.mark.parametrize(
+    ("answers", "text"),
+    [
+        ("['a']", "number of batch response mismatched: 2 requests, 1 answers"),
+        ("None", "handle must return a list, not a NoneType"),
+        ("['a', {1}]", "answer 1 is of type set"),
+        ("['a', '\\ud800']", "answer 1 is of type str"),
+        ("context.set_response_status(99, '', 1) or ['a', 'b']", "answer 1: response status 99"),
+        ("context.set_response_header(0, 'x', 'a\\n') or ['a', 'b']", "answer 0: bad response header"),
+    ],
+)
+def test_what_cannot_be_sent_is_refused_on_rank_0_without_waiting(serve: Serve, answers: str, text: str) -> None:
+    source = f"""
+        def handle(data, context):
+            if data and len(data) == 1:
+                return ["fine"]
+            return data and {answers}
+    """
+    served = serve(source, batch(1, b"", b""), batch(2, b""))
+    assert served.log[2:] == ["<BATCH 1", ">ERROR 1", "<BATCH 2", ">REPLY 2"]
+    failure = served.connection.failure()
+    assert (failure.kind, failure.origin, failure.status) == ("refused", 0, 0)
+    assert text in failure.text
+
+
+# ── streams ──
+
+COUNTING = """
+    def handle(data, context):
+        if data is None: return None
+        {body}
+"""
+
+
+def streaming(body: str) -> str:
+    return COUNTING.format(body=body.replace("\n", "\n        "))
+
+
+def test_a_generators_yields_are_chunks_and_its_end_is_the_reply(serve: Serve) -> None:
+    source = streaming("yield ['a', None]\nyield [None, None]\nyield ['b', b'c']")
+    served = serve(source, batch(1, b"", b""), batch(2, b"", b""))
+    one = [">CHUNK 1", ">CHUNK 1", ">REPLY 1"]
+    assert served.log[2:] == ["<BATCH 1", *one, "<BATCH 2", *[entry.replace("1", "2") for entry in one]]
+    assert served.connection.answers(Kind.CHUNK)[:2] == [[(0, b"a")], [(0, b"b"), (1, b"c")]]
+    assert served.connection.answers()[0] == [(0, b""), (1, b"")]
+    steps = [unpack(Answers, sent.meta).step for sent in served.connection.sent if sent.seq == 2]
+    assert steps == [1, 3, 3]  # the step of Nones counts: the other ranks count it too
+
+
+@pytest.mark.parametrize(
+    ("body", "reply"),
+    [
+        ("yield ['a']\nreturn ['last']", [(0, b"last")]),
+        ("return ['only']\nyield", [(0, b"only")]),
+        ("return\nyield", [(0, b"")]),
+    ],
+)
+def test_what_a_generator_returns_is_its_last_chunk(serve: Serve, body: str, reply: object) -> None:
+    assert serve(streaming(body), batch(1, b"")).connection.answers() == [reply]
+
+
+def test_another_rank_runs_the_generator_to_its_end_and_sends_nothing(
+    serve: Serve, model_dir: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    source = streaming("yield ['a']\nyield object()\nopen('exhausted', 'x').close()")
+    with caplog.at_level(logging.DEBUG, LOG):
+        served = serve(source, batch(1, b""), rank=1)
+    assert served.log[2:] == ["<BATCH 1"]
+    assert (model_dir / "exhausted").exists()
+    assert caplog.messages.count("skip sending response at rank 1") == 1
+
+
+@pytest.mark.parametrize("bad", ["['a', 'b']", "[{1}]", "'text'"])
+def test_a_bad_chunk_mutes_is_reported_once_and_the_generator_is_exhausted(
+    serve: Serve, model_dir: Path, bad: str
+) -> None:
+    """The other ranks go on with the collectives of its later steps, so it must, too."""
+    source = streaming(f"yield ['a']\nyield {bad}\nyield {bad}\nyield ['c']\nopen('exhausted', 'w').close()")
+    served = serve(source, batch(1, b""), batch(2, b""))
+    one = [">CHUNK 1", ">ERROR 1"]  # no REPLY, and no wait for CONTINUE
+    assert served.log[2:] == ["<BATCH 1", *one, "<BATCH 2", *[entry.replace("1", "2") for entry in one]]
+    assert (model_dir / "exhausted").exists()
+    assert {unpack(Failure, sent.meta).kind for sent in served.connection.of(Kind.ERROR)} == {"refused"}
+
+
+def test_an_exception_in_mid_stream_is_an_error_like_any_other(serve: Serve) -> None:
+    served = serve(streaming("yield ['a']\nraise LookupError('gone')"), batch(1, b""), batch(2, b""), resume(1))
+    assert served.log[2:7] == ["<BATCH 1", ">CHUNK 1", ">ERROR 1", "<BATCH 2", "<CONTINUE 1"]
+
+
+SEND = """
+    from ts.handler_utils.utils import send_intermediate_predict_response as send
+    def handle(data, context):
+        if data is None: return None
+        {body}
+"""
+
+
+@pytest.mark.parametrize(
+    ("body", "log"),
+    [
+        ("send(['a', 'b'], context.request_ids, 'ok', 200, context)\nreturn ['c', 'd']", [">CHUNK 1", ">REPLY 1"]),
+        ("send(['b'], {1: 'r1'}, 'ok', 200, context)\nreturn ['', '']", [">CHUNK 1", ">REPLY 1"]),
+        ("send(['a', 'b'], context.request_ids, 'ok', 200)\nreturn None", [">CHUNK 1", ">REPLY 1"]),
+        ("send(['a'], context.request_ids, 'ok', 200)\nreturn ['', '']", [">ERROR 1"]),
+    ],
+)
+def test_torchserves_function_sends_chunks(
+    serve: Serve, monkeypatch: pytest.MonkeyPatch, body: str, log: list[str]
+) -> None:
+    monkeypatch.syspath_prepend(COMPAT)
+    source = SEND.format(body=body.replace("\n", "\n        "))
+    assert serve(source, batch(1, b"", b"")).log[3:] == log
+    assert serve(source, batch(1, b"", b""), rank=1).log[3:] == []
+
+
+def test_torchserves_function_sends_at_once_and_where_it_is_told(serve: Serve, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(COMPAT)
+    body = "send(['x', 'y'], {1: 'r1', 0: 'r0'}, 'ok', 200, context)\n        return ['last', 'one']"
+    connection = serve(SEND.format(body=body), batch(1, b"", b"")).connection
+    assert connection.answers(Kind.CHUNK) == [[(0, b"y"), (1, b"x")]]
+    assert connection.answers() == [[(0, b"last"), (1, b"one")]]
+
+
+def test_between_batches_torchserves_function_does_nothing(serve: Serve, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(COMPAT)
+    source = """
+        from ts.handler_utils.utils import send_intermediate_predict_response as send
+        send(["at import"], {0: "r0"}, "ok", 200)
+        def handle(data, context):
+            return ["x"]
+        def close():
+            send(["after the last batch"], {0: "r0"}, "ok", 200)
+    """
+    served = serve(source, batch(1, b""), SHUTDOWN)
+    assert served.log == ["<LOAD 0", ">LOADED 0", "<BATCH 1", ">REPLY 1", "<SHUTDOWN 0"]
+
+
+def test_none_is_no_answer_of_a_handler_that_streamed_nothing(serve: Serve) -> None:
+    served = serve(streaming("return None"), batch(1, b""))
+    assert served.connection.failure().text.endswith("handle must return a list, not a NoneType")
