@@ -79,6 +79,7 @@ class Client(asyncio.Protocol):
 async def run(url: str, clients: int, seconds: float) -> str:
     """Puts the load and returns the line."""
     parts = urlsplit(url)
+    host, port = parts.hostname or "127.0.0.1", parts.port or 80
     head = (
         f"POST {parts.path} HTTP/1.1\r\nHost: {parts.netloc}\r\n"
         f"Content-Type: application/octet-stream\r\nContent-Length: {len(BODY)}\r\n\r\n"
@@ -87,7 +88,7 @@ async def run(url: str, clients: int, seconds: float) -> str:
     latencies: list[float] = []
     began = time.perf_counter()
     connections = [
-        (await loop.create_connection(lambda: Client(head.encode() + BODY, latencies), parts.hostname, parts.port))[1]
+        (await loop.create_connection(lambda: Client(head.encode() + BODY, latencies), host, port))[1]
         for _ in range(clients)
     ]
     await asyncio.sleep(seconds)

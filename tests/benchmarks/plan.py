@@ -29,7 +29,7 @@ class Plan:
 
 def full(generator: str) -> Plan:
     """Under five minutes."""
-    return Plan(generator, rounds=5, seconds=3, idle_seconds=5.0, starts=3)
+    return Plan(generator, rounds=7, seconds=3, idle_seconds=5.0, starts=5)
 
 
 def quick(generator: str) -> Plan:
