@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import logging
 import os
 import signal
@@ -73,6 +74,8 @@ class Server:
             for model in sorted(models, key=lambda model: not model.spec.config.is_parallel):
                 self.registry.add(model)
             self.listening.set()
+            gc.collect()
+            gc.freeze()  # modules and routes stay: the collector need not walk through them between requests
             await self._stop.wait()
             await self._shutdown()
         finally:

@@ -119,9 +119,12 @@ class Dispatcher:
     def wake(self) -> None:
         """Something has changed that may let a batch go: a request, a free place, room on a link.
 
-        The cut happens once the loop has run what is ready, so that requests which arrived together travel together.
+        The cut happens once the loop has run what is ready, so that requests which arrived together travel together; those
+        that travel alone go at once.
         """
-        if self._queue and not self._wake_pending:
+        if self._batch_size == 1:
+            self._cut()
+        elif self._queue and not self._wake_pending:
             self._wake_pending = True
             self._clock.call_soon(self._woken)
 

@@ -7,10 +7,10 @@ from typing import TYPE_CHECKING
 from aiohttp import http_parser, web
 
 from minserve.errors import StartupError
-from minserve.frontend.errors import errors_as_json
 from minserve.frontend.health import Health
 from minserve.frontend.inference import Inference, finish_headers
 from minserve.frontend.management import Management
+from minserve.frontend.routing import add_not_found
 
 if TYPE_CHECKING:
     from minserve.registry.models import Registry
@@ -24,6 +24,7 @@ def inference_app(registry: Registry, max_request_size: int) -> web.Application:
     app = _application(max_request_size)
     Health(registry).add_routes(app.router)
     Inference(registry).add_routes(app.router)
+    add_not_found(app.router)
     return app
 
 
@@ -32,11 +33,12 @@ def management_app(registry: Registry, max_request_size: int) -> web.Application
     app = _application(max_request_size)
     Health(registry).add_routes(app.router)
     Management(registry).add_routes(app.router)
+    add_not_found(app.router)
     return app
 
 
 def _application(max_request_size: int) -> web.Application:
-    app = web.Application(middlewares=[errors_as_json], client_max_size=max_request_size)
+    app = web.Application(client_max_size=max_request_size)
     app.on_response_prepare.append(finish_headers)
     return app
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import msgspec
 from aiohttp import web
 
-from minserve.errors import BodyTooLarge, MethodNotAllowed, MinServeError, NotFound
+from minserve.errors import BodyTooLarge, MinServeError
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable
@@ -17,8 +17,6 @@ logger = logging.getLogger(__name__)
 
 JSON = "application/json"
 RETRY_AFTER_S = 1
-_NOT_FOUND = "Requested resource is not found, please refer to API document."
-_NOT_ALLOWED = "Requested method is not allowed, please refer to API document."
 
 
 def json_response(value: object, status: int = 200) -> web.Response:
@@ -35,7 +33,6 @@ def error_response(error: MinServeError) -> web.Response:
     return response
 
 
-@web.middleware
 async def errors_as_json(
     request: web.Request, handler: Callable[[web.Request], Awaitable[web.StreamResponse]]
 ) -> web.StreamResponse:
@@ -52,10 +49,6 @@ async def errors_as_json(
 
 
 def _from_aiohttp(error: web.HTTPException) -> MinServeError:
-    if isinstance(error, web.HTTPNotFound):
-        return NotFound(_NOT_FOUND)
-    if isinstance(error, web.HTTPMethodNotAllowed):
-        return MethodNotAllowed(_NOT_ALLOWED)
     if isinstance(error, web.HTTPRequestEntityTooLarge):
         return BodyTooLarge(error.text or "the request body is too large")
     other = MinServeError(error.text or error.reason)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from minserve.frontend.errors import json_response
+from minserve.frontend.routing import ANY_METHOD, add_route
 
 if TYPE_CHECKING:
     from aiohttp import web
@@ -20,7 +21,7 @@ class Health:
 
     def add_routes(self, router: web.UrlDispatcher) -> None:
         """TorchServe takes any method here."""
-        router.add_route("*", "/ping", self.ping)
+        add_route(router, ANY_METHOD, "/ping", self.ping)
 
     async def ping(self, request: web.Request) -> web.Response:
         """200 while every model serves or may yet, 500 with the reasons once one has given up."""

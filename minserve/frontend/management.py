@@ -9,6 +9,7 @@ import psutil
 from aiohttp import web
 
 from minserve.frontend.errors import json_response
+from minserve.frontend.routing import READ, add_route
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -28,9 +29,9 @@ class Management:
 
     def add_routes(self, router: web.UrlDispatcher) -> None:
         """Listing and describing."""
-        router.add_get("/models", self.list_models)
-        router.add_get("/models/{model}", self.describe)
-        router.add_get("/models/{model}/{version}", self.describe)
+        add_route(router, READ, "/models", self.list_models)
+        add_route(router, READ, "/models/{model}", self.describe)
+        add_route(router, READ, "/models/{model}/{version}", self.describe)
 
     async def list_models(self, request: web.Request) -> web.Response:
         """A page of models, by name. `nextPageToken` is there while more follow."""

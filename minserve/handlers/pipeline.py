@@ -9,9 +9,7 @@ Our own send and receive, not `torch.distributed.pipelining`: its stages have a 
 
 from __future__ import annotations
 
-import traceback
 from collections.abc import Callable, Sequence
-from pathlib import Path
 
 import torch
 import torch.distributed as dist
@@ -19,11 +17,9 @@ from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
 from minserve.handlers.activations import HEADER_LENGTH, pack, pack_failure, read_header, unpack_failure
-from minserve.rank.failures import StageError
+from minserve.rank.failures import StageError, is_collective, place_of
 
 Stage = Callable[..., Tensor | Sequence[Tensor]]
-
-_TORCH_DISTRIBUTED = str(Path(dist.__file__).parent)
 
 
 class Pipeline:
@@ -98,16 +94,14 @@ class Pipeline:
         try:
             return pack(_as_tuple(stage(*inputs)), self._device)
         except Exception as error:
-            if _is_collective(error):
+            if is_collective(error):
                 raise
             failure = self._describe(error)
             failure.__cause__ = error
             return failure
 
     def _describe(self, error: Exception) -> StageError:
-        where = traceback.extract_tb(error.__traceback__)[-1]
-        place = f"{where.filename}:{where.lineno}"
-        return StageError(dist.get_rank(), type(error).__name__, str(error), place, self._needs)
+        return StageError(dist.get_rank(), type(error).__name__, str(error), place_of(error), self._needs)
 
     def _send(self, message: list[Tensor]) -> None:
         """Sends to the next stage; the last one's next is the first.
@@ -143,10 +137,3 @@ def _first_stage(mesh: DeviceMesh) -> list[int]:
 
 def _as_tuple(outputs: Tensor | Sequence[Tensor]) -> tuple[Tensor, ...]:
     return (outputs,) if isinstance(outputs, Tensor) else tuple(outputs)
-
-
-def _is_collective(error: Exception) -> bool:
-    """A failed collective inside a stage. gloo raises a plain RuntimeError, so the frame that raised it has to tell."""
-    if isinstance(error, dist.DistError):
-        return True
-    return traceback.extract_tb(error.__traceback__)[-1].filename.startswith(_TORCH_DISTRIBUTED)

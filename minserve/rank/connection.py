@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import select
 import threading
 from collections import deque
 from typing import TYPE_CHECKING
@@ -30,6 +31,8 @@ class Connection:
 
     def __init__(self, connection: socket.socket) -> None:
         self.socket = connection
+        self._poll = select.poll()
+        self._poll.register(connection, select.POLLIN)
         self._reader = FrameReader(MAX_BATCH_BYTES, FROM_SERVER)
         self._frames: deque[Frame] = deque()
         self._sending = threading.Lock()  # a streaming handler may send from a thread of its own
@@ -47,6 +50,8 @@ class Connection:
             WireError: the bytes are no frame.
         """
         while not self._frames:
+            # A recv that waits on a unix socket also wakes when the server reads what this rank has sent; a poll does not.
+            self._poll.poll()
             try:
                 count = self.socket.recv_into(self._reader.buffer())
             except ConnectionError:

@@ -34,8 +34,7 @@ def decode_batch(batch: Batch, body: bytearray) -> list[dict[str, Value]]:
         return [{parts[0].name: _decode(parts[0].content_type, body)}]
     pieces = iter(split_body(body, (part.length for part in parts)))
     return [
-        {part.name: _decode(part.content_type, bytearray(next(pieces))) for part in request.parts}
-        for request in batch.requests
+        {part.name: _decode(part.content_type, next(pieces)) for part in request.parts} for request in batch.requests
     ]
 
 

@@ -6,12 +6,16 @@ only exist once the handler has imported it, so `sys.modules` is asked.
 
 from __future__ import annotations
 
+import re
 import sys
 import traceback
 
 from minserve.wire.messages import Failure
 
 MAX_TRACEBACK = 64 * 1024  # characters; the end of a traceback is what tells
+_BACKEND_TEXT = re.compile(
+    r"\[\S*gloo/\S+:\d+\] |NCCL "
+)  # "[.../gloo/transport/tcp/pair.cc:547] Connection closed by peer"
 MAX_TEXT = 2000  # characters of an exception's text that reach a client
 
 
@@ -71,11 +75,10 @@ def _kind(error: BaseException) -> str:
     torch = sys.modules.get("torch")
     if isinstance(error, MemoryError) or _is(error, torch, "OutOfMemoryError"):
         return "memory"
-    if _is(error, torch, "AcceleratorError") or "CUDA error" in _text(error):
+    # By its beginning: elsewhere in the text may stand whatever a client has sent.
+    if _is(error, torch, "AcceleratorError") or _text(error).startswith("CUDA error"):
         return "device"
-    if _is(error, sys.modules.get("torch.distributed"), "DistError") or _from_collective(error):
-        return "collective"
-    return "own"
+    return "collective" if is_collective(error) else "own"
 
 
 def _is(error: BaseException, module: object, name: str) -> bool:
@@ -84,14 +87,17 @@ def _is(error: BaseException, module: object, name: str) -> bool:
     return isinstance(kind, type) and isinstance(error, kind)
 
 
-def _from_collective(error: BaseException) -> bool:
-    """gloo raises plain RuntimeErrors: only their place and text tell them from a handler's own."""
-    if type(error) is not RuntimeError:
-        return False
+def is_collective(error: BaseException) -> bool:
+    """Whether torch.distributed raised it, so that the rank may be a victim and the group is dead.
+
+    gloo raises plain RuntimeErrors: only their place, or how their text begins, tells them from a handler's own.
+    """
+    if _is(error, sys.modules.get("torch.distributed"), "DistError"):
+        return True
     frames = traceback.extract_tb(error.__traceback__)
-    return bool(frames) and (
-        "torch/distributed/" in frames[-1].filename or "gloo" in _text(error) or "NCCL" in _text(error)
-    )
+    if frames and "torch/distributed/" in frames[-1].filename:
+        return True
+    return type(error) is RuntimeError and _BACKEND_TEXT.match(_text(error)) is not None
 
 
 def _status(error: BaseException) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import inspect
 import logging
 import sys
@@ -80,6 +81,8 @@ class Rank:
             failure = describe(error, self._rank, self._world_size)
             self._connection.send(Kind.FAILED, failure)
             return None
+        gc.collect()
+        gc.freeze()  # what is loaded stays: the collector need not walk through all of torch in the middle of a batch
         self._connection.send(Kind.LOADED, Loaded(time.monotonic() - began))
         return handler
 

@@ -51,7 +51,7 @@ class Kind(enum.IntEnum):
     SHUTDOWN = 38
 
 
-@dataclass(slots=True, frozen=True)
+@dataclass(slots=True)
 class Frame:
     """One message. `body` is the reader's own fresh memory, the receiver may keep and change it."""
 
@@ -87,7 +87,7 @@ class FrameReader:
     def __init__(self, max_body: int, kinds: frozenset[Kind], max_meta: int = MAX_META_BYTES) -> None:
         self._max_body = max_body
         self._max_meta = max_meta
-        self._kinds = kinds
+        self._kinds = {int(kind): kind for kind in kinds}  # looking a number up is faster than calling Kind
         self._scratch = bytearray(SCRATCH_BYTES)
         self._scratch_view = memoryview(self._scratch)
         self._start = 0  # where the first frame that is not yet whole begins in the scratch
@@ -140,13 +140,14 @@ class FrameReader:
         magic, kind, flags, meta_length, seq, body_length = HEADER.unpack_from(self._scratch, self._start)
         if magic != MAGIC:
             raise WireError(f"not a minserve frame: it starts with 0x{magic:04x}")
-        if kind not in self._kinds:
+        known = self._kinds.get(kind)
+        if known is None:
             raise WireError(f"frame kind {kind} is not allowed here")
         if meta_length > self._max_meta:
             raise WireError(f"frame meta of {meta_length} bytes, at most {self._max_meta} are allowed")
         if body_length > self._max_body:
             raise WireError(f"frame body of {body_length} bytes, at most {self._max_body} are allowed")
-        return Kind(kind), flags, meta_length, seq, body_length
+        return known, flags, meta_length, seq, body_length
 
     def _begin_large(self, kind: Kind, flags: int, seq: int, meta_length: int, body_length: int) -> None:
         here = memoryview(self._scratch)[self._start + HEADER.size : self._end]

@@ -189,20 +189,19 @@ def unpack(kind: type[M], meta: Buffer) -> M:
         raise WireError(f"bad {kind.__name__} message: {error}") from None
 
 
-def split_body(body: bytearray, lengths: Iterable[int]) -> list[memoryview]:
-    """Cuts a frame's body into the pieces whose lengths its meta lists.
+def split_body(body: bytearray, lengths: Iterable[int]) -> list[bytearray]:
+    """Cuts a frame's body into the pieces whose lengths its meta lists, each in memory of its own.
 
     Raises:
         WireError: the lengths do not add up to the body.
     """
-    view = memoryview(body)
     pieces = []
     offset = 0
     for length in lengths:
-        if length < 0 or offset + length > len(view):
-            raise WireError(f"parts of a frame reach over its body of {len(view)} bytes")
-        pieces.append(view[offset : offset + length])
+        if length < 0 or offset + length > len(body):
+            raise WireError(f"parts of a frame reach over its body of {len(body)} bytes")
+        pieces.append(body[offset : offset + length])
         offset += length
-    if offset != len(view):
-        raise WireError(f"parts of a frame add up to {offset} bytes, its body has {len(view)}")
+    if offset != len(body):
+        raise WireError(f"parts of a frame add up to {offset} bytes, its body has {len(body)}")
     return pieces

@@ -34,6 +34,10 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 
+# Up to here one copy of the whole frame costs less than handing its pieces to every link.
+SMALL_BYTES = 16 * 1024
+
+
 class RankLink(Protocol):
     """What the broadcast needs of a link; `Link` in life, an in-memory one in tests."""
 
@@ -64,6 +68,7 @@ class Outstanding:
     requests: list[Request]
     due: float  # when the worker fails for it; starts anew with each chunk
     failures: dict[int, Failure] = field(default_factory=dict)
+    causes: list[Cause] = field(default_factory=list)  # the same, as causes
     held: Frame | None = None  # rank 0's reply, while other ranks' DONE is waited for
     done: set[int] = field(default_factory=set)
 
@@ -98,7 +103,7 @@ class Broadcast:
         self._outstanding: dict[int, Outstanding] = {}
         self._due_alarm = Alarm(clock, self._look_at_due)
         self._grace_alarm = Alarm(clock, self._grace_over)
-        # Exceptions of the batch that is in doubt. While there are any, no new batch goes out.
+        # Exceptions of the batches that are in doubt. While there are any, no new batch goes out.
         self.causes: list[Cause] = []
         # Seq, type and place of the latest failures in step: a rank's report of one may come after its batch is over.
         self._continued: deque[tuple[int, str, str]] = deque(maxlen=64)
@@ -128,6 +133,8 @@ class Broadcast:
         meta = Batch(tuple(request.meta for request in requests))
         bodies = [body for request in requests for body in request.bodies]
         pieces = pack_with_body(Kind.BATCH, meta, bodies, self._seq + 1)
+        if sum(map(len, pieces)) <= SMALL_BYTES:
+            pieces = [b"".join(pieces)]
         self._seq += 1  # only now: a batch that cannot be encoded must not leave a gap
         for request in requests:
             request.worker = self._who
@@ -232,10 +239,13 @@ class Broadcast:
             self._answer_failed(batch, link.rank, failure)
             return
         batch.failures[link.rank] = failure
-        self.causes.append(_cause(link, failure, self._clock.time()))
+        batch.causes.append(_cause(link, failure, self._clock.time()))
+        self.causes.append(batch.causes[-1])
         if self._in_step(batch, failure):
-            self.causes.clear()
-            self._grace_alarm.stop()
+            # With a pipeline another rank may be a batch ahead and have raised there: that one stays in doubt.
+            self.causes = [cause for cause in self.causes if cause not in batch.causes]
+            if not self.causes:
+                self._grace_alarm.stop()
             self._continued.append((batch.seq, failure.type_name, failure.place))
             for other in self._links:
                 other.write([header(Kind.CONTINUE, batch.seq, 0, 0)])

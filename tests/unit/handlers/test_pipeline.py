@@ -4,7 +4,8 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from minserve.handlers.pipeline import Pipeline, _is_collective
+from minserve.handlers.pipeline import Pipeline
+from minserve.rank.failures import is_collective
 
 
 def test_a_single_process_is_one_stage_and_raises_what_the_stage_raises() -> None:
@@ -33,6 +34,6 @@ def test_an_error_of_a_collective_is_told_from_one_of_the_stage() -> None:
         dist.all_reduce(torch.ones(1))
     with pytest.raises(RuntimeError) as own:
         torch.ones(2) @ torch.ones(3)
-    assert _is_collective(collective.value)
-    assert _is_collective(dist.DistBackendError("NCCL"))
-    assert not _is_collective(own.value)
+    assert is_collective(collective.value)
+    assert is_collective(dist.DistBackendError("NCCL"))
+    assert not is_collective(own.value)

@@ -16,6 +16,9 @@ from tests.fakes import feed
 from tests.unit.rank.rig import launch
 
 
+ALWAYS_READABLE = os.open(os.devnull, os.O_RDONLY)
+
+
 class FakeSocket:
     """Gives `incoming` in pieces of at most `step` bytes, and takes as little of a `sendmsg`."""
 
@@ -24,6 +27,9 @@ class FakeSocket:
         self.step = step
         self.sent = bytearray()
         self.calls: list[int] = []  # how many pieces each sendmsg was given
+
+    def fileno(self) -> int:
+        return ALWAYS_READABLE
 
     def recv_into(self, buffer: memoryview) -> int:
         count = min(len(buffer), self.step, len(self.incoming))
