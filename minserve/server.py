@@ -98,14 +98,18 @@ class Server:
                 model = validate_model(location, self._options, inventory)
             except ConfigError as error:
                 broken[name] = error
-                logger.error("%s is not served: %s", name, error)
             else:
                 models.append(model)
-                for warning in model.warnings:
-                    logger.warning("%s", warning)
         if not models:
-            reason = "; ".join(str(error).partition("\n")[0] for error in broken.values()) or "there is none"
-            raise StartupError(f"no model with a valid configuration in {self._options.model_store}: {reason}")
+            reasons = [str(error).partition("\n")[0] for error in broken.values()] or ["there is none"]
+            raise StartupError(
+                f"no model with a valid configuration in {self._options.model_store}: {'; '.join(reasons)}"
+            )
+        for name, wrong in broken.items():
+            logger.error("%s is not served: %s", name, wrong)
+        for model in models:
+            for warning in model.warnings:
+                logger.warning("%s", warning)
         return models, broken
 
     def _bind(self, port: int, option: str) -> socket.socket:

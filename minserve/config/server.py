@@ -79,7 +79,7 @@ def read_server_options(file: Path | None, given: Mapping[str, object]) -> Serve
                 problems.append(Problem("command line", None, key, describe_value(given[key]), allowed))
             else:
                 problems.append(document.problem((key,), found=describe_value(values[key]), allowed=allowed))
-    raise_errors(problems)
+    raise_errors(sorted(problems, key=lambda problem: (problem.line or 0, problem.key)))
     return options
 
 

@@ -66,7 +66,8 @@ class Outstanding:
 
     seq: int
     requests: list[Request]
-    due: float  # when the worker fails for it; starts anew with each chunk
+    limit: float  # seconds it may take, or until the next chunk
+    due: float  # when the worker fails for it
     failures: dict[int, Failure] = field(default_factory=dict)
     causes: list[Cause] = field(default_factory=list)  # the same, as causes
     held: Frame | None = None  # rank 0's reply, while other ranks' DONE is waited for
@@ -143,7 +144,7 @@ class Broadcast:
         limit = self._limits.response_timeout if self.batches_done else self._limits.first_batch_timeout
         # A batch behind others counts from when it becomes the oldest, see _finish.
         due = self._clock.time() + limit if not self._outstanding else math.inf
-        self._outstanding[self._seq] = Outstanding(self._seq, requests, due)
+        self._outstanding[self._seq] = Outstanding(self._seq, requests, limit, due)
         self._due_alarm.at(due)
 
     @property
@@ -204,7 +205,8 @@ class Broadcast:
     def _chunk(self, batch: Outstanding, frame: Frame) -> None:
         for answer, body in self._answers(batch, frame):
             batch.requests[answer.index].chunk(answer, body)
-        batch.due = self._clock.time() + self._limits.response_timeout
+        batch.limit = self._limits.response_timeout
+        batch.due = self._clock.time() + batch.limit
         self._due_alarm.at(batch.due)
 
     def _answers(self, batch: Outstanding, frame: Frame) -> list[tuple[Answer, Buffer]]:
@@ -227,7 +229,8 @@ class Broadcast:
         self.last_done_at = self._clock.time()
         if self._outstanding:
             oldest = next(iter(self._outstanding.values()))
-            oldest.due = min(oldest.due, self.last_done_at + self._limits.response_timeout)
+            oldest.limit = self._limits.response_timeout
+            oldest.due = min(oldest.due, self.last_done_at + oldest.limit)
             self._due_alarm.at(oldest.due)
         self._on_free()
 
@@ -296,6 +299,8 @@ class Broadcast:
 
     def _look_at_due(self) -> None:
         now = self._clock.time()
+        if self._crowded_until <= now and self._outstanding:  # rank 0 is at work, too: the batch's own limit governs
+            self._crowded_until = now + self._limits.response_timeout
         if self._crowded_until <= now:
             link = next(link for link in self._links if not link.has_room)
             text = f"has taken no batch for {self._limits.response_timeout:g} s"
@@ -312,8 +317,8 @@ class Broadcast:
         link = self._links[0]
         if batch.held is not None:  # rank 0 has answered; with replyAfter: all it is another that is behind
             link = next(link for link in self._links if link.rank not in batch.done)
-        limit = self._limits.response_timeout if self.batches_done else self._limits.first_batch_timeout
-        return Cause(What.SILENCE, link.rank, link.pid, f"did not finish batch {batch.seq} within {limit:g} s", now)
+        text = f"did not finish batch {batch.seq} within {batch.limit:g} s"
+        return Cause(What.SILENCE, link.rank, link.pid, text, now)
 
 
 def _cause(link: RankLink, failure: Failure, now: float) -> Cause:

@@ -40,6 +40,8 @@ class RuntimeDirectory:
         # Locked before it has its name: another server that starts just now must not take it for a dead one's.
         unnamed = root / f".{self.path.name}"
         shutil.rmtree(unnamed, ignore_errors=True)  # of a server with our pid that was killed on these lines
+        if self.path.is_dir() and not (self.path / "lock").exists():
+            shutil.rmtree(self.path, ignore_errors=True)  # or while it removed itself; a live one would have its lock
         try:
             unnamed.mkdir(mode=0o700)
             self._lock = os.open(unnamed / "lock", os.O_CREAT | os.O_RDWR | os.O_CLOEXEC, 0o600)
@@ -78,7 +80,8 @@ def runtime_root(environ: Mapping[str, str]) -> Path:
     for candidate in candidates:
         path = Path(candidate)
         short = len(os.fsencode(candidate)) + len("/minserve-4194304") + _LONGEST_NAME <= UNIX_PATH_BYTES
-        if candidate and short and path.is_dir() and os.access(path, os.W_OK | os.X_OK):
+        # Absolute: the ranks look for the sockets from their model directory.
+        if path.is_absolute() and short and path.is_dir() and os.access(path, os.W_OK | os.X_OK):
             return path
     raise StartupError(
         "no directory for the worker sockets: none of XDG_RUNTIME_DIR, TMPDIR and /tmp is writable and short"
@@ -130,7 +133,7 @@ def _remove_stale(root: Path) -> None:
 
 
 def _try_lock(path: Path) -> int | None:
-    """The lock of a dead server's directory; None when its server lives or is just being started."""
+    """The lock of a dead server's directory; None when its server lives, or there is none."""
     try:
         lock = os.open(path / "lock", os.O_RDWR | os.O_CLOEXEC)
     except OSError:

@@ -257,8 +257,8 @@ class Worker:
         self._served = self._group is not None and self._group.served
         self._last_error, self._last_error_at = error, time.time()
         logger.error("%s%s", error, "".join(f"\n    {line}" for line in error.last_lines))
+        self._enter(State.FAILED)  # before the kill: nobody shall take it for READY meanwhile
         await self._end_group()
-        self._enter(State.FAILED)
 
     async def _end_group(self) -> None:
         if self._group is not None:

@@ -28,8 +28,8 @@ RANKS_HALF = [{"handlers", "compat"}, {"rank"}, {"wire"}, {"errors"}]
 SERVER_PACKAGES = set().union(*SERVER_HALF)
 RANK_PACKAGES = {"handlers", "compat", "rank"}
 FORBIDDEN = {
-    **dict.fromkeys(SERVER_PACKAGES, {"torch"}),
-    **dict.fromkeys(RANK_PACKAGES, {"aiohttp", "uvloop", "pydantic", "typer", "rich"}),
+    **{package: {"torch"} for package in SERVER_PACKAGES},
+    **{package: {"aiohttp", "uvloop", "pydantic", "typer", "rich"} for package in RANK_PACKAGES},
 }
 FORBIDDEN["wire"] = FORBIDDEN["wire"] | {"socket", "asyncio", "aiohttp", "uvloop"}
 FORBIDDEN["dispatch"] = FORBIDDEN["dispatch"] | {"socket", "aiohttp", "uvloop"}
@@ -47,11 +47,13 @@ def imports_of(module: str, node: ast.AST, *, types_too: bool = True) -> Iterato
         if isinstance(child, ast.Import):
             yield from (alias.name for alias in child.names)
         elif isinstance(child, ast.ImportFrom):
-            assert child.level == 0, f"{module}: a relative import"
-            assert child.module is not None
+            base = child.module or ""
+            if child.level:  # in compat/ts alone, which is also imported as `ts`
+                above = module.split(".")[: -child.level + (MODULES[module].name == "__init__.py") or None]
+                base = ".".join([*above, *filter(None, [base])])
             for alias in child.names:
-                inner = f"{child.module}.{alias.name}"
-                yield inner if inner in MODULES else child.module
+                inner = f"{base}.{alias.name}"
+                yield inner if inner in MODULES else base
         else:
             yield from imports_of(module, child, types_too=types_too)
 

@@ -1,12 +1,13 @@
-import asyncio
-from collections.abc import Callable, Mapping
+from collections.abc import AsyncIterator
 
 import pytest
-import uvloop
+import pytest_asyncio
+
+from tests.unit.frontend.rig import FakeSupervisor, Rig
 
 
-def pytest_asyncio_loop_factories(
-    config: pytest.Config, item: pytest.Item
-) -> Mapping[str, Callable[[], asyncio.AbstractEventLoop]]:
-    """The server runs on uvloop; what touches sockets and processes must work on asyncio's own loop, too."""
-    return {"asyncio": asyncio.new_event_loop, "uvloop": uvloop.new_event_loop}
+@pytest_asyncio.fixture
+async def rig(monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[Rig]:
+    monkeypatch.setattr("minserve.registry.models.Supervisor", FakeSupervisor)
+    async with Rig() as rig:
+        yield rig

@@ -15,7 +15,6 @@ from minserve.wire.messages import Answer, Answers, Buffer, Hello, Progress, unp
 from tests.fakes import feed
 from tests.unit.rank.rig import launch
 
-
 ALWAYS_READABLE = os.open(os.devnull, os.O_RDONLY)
 
 

@@ -49,9 +49,14 @@ def reserve(allocator: DeviceAllocator, owner: str, config: ModelConfig) -> str 
         (EIGHT, [PP1, PP1, PLAIN], ["0", "1", "2"]),
         (EIGHT, [TP4, PLAIN, PLAIN], ["0,1,2,3", "4", "5"]),
         (EIGHT, [PLAIN, PLAIN, TP4], ["0", "1", "2,3,4,5"]),
-        (EIGHT, [PLAIN, TP4, TP4, TP2], ["0", "1,2,3,4", "0,5,6,7", NoDevicesError]),
+        (EIGHT, [PLAIN, TP4, TP4, TP2], ["0", "1,2,3,4", NoDevicesError, "5,6"]),
+        (
+            EIGHT,
+            [on(PLAIN, 0), on(TP2, 0, 1), on(CUSTOM2, 0, 1), on(PLAIN, 0)],
+            ["0", NoDevicesError, NoDevicesError, "0"],
+        ),
         (EIGHT, [TP4, TP4, PLAIN], ["0,1,2,3", "4,5,6,7", NoDevicesError]),
-        (EIGHT, [*[PLAIN] * 6, TP4], ["0", "1", "2", "3", "4", "5", "0,1,6,7"]),
+        (EIGHT, [*[PLAIN] * 5, TP4, TP2, PLAIN], ["0", "1", "2", "3", "4", NoDevicesError, "5,6", "7"]),
         (EIGHT, [on(TP2, 6, 3, 5), on(TP2, 6, 3, 5)], ["6,3", NoDevicesError]),
         (EIGHT, [on(PLAIN, 3, 1)] * 3, ["1", "3", "1"]),
         (EIGHT, [on(TP2, 0, 9)], [NoDevicesError]),
@@ -87,6 +92,17 @@ def test_released_devices_are_given_again() -> None:
     allocator.release("a")
     assert reserve(allocator, "c", TP2) == "0,1"
     assert reserve(allocator, "d", PLAIN) == "2"
+
+
+def test_a_shared_device_is_nobodys_to_own_until_its_last_user_has_left() -> None:
+    allocator = DeviceAllocator(Inventory(("0", "1")))
+    for owner in "abc":
+        reserve(allocator, owner, on(PLAIN, 0))
+    for owner in "abc":
+        with pytest.raises(NoDevicesError, match="group needs 2 device\\(s\\), 1 of 2 are free; "):
+            reserve(allocator, "group", TP2)
+        allocator.release(owner)
+    assert reserve(allocator, "group", TP2) == "0,1"
 
 
 def test_an_owner_keeps_what_it_holds() -> None:

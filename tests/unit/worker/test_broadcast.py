@@ -1,0 +1,609 @@
+import asyncio
+import math
+
+import pytest
+
+from minserve.dispatch.request import Reply, Request
+from minserve.errors import HandlerError, HandlerOutOfMemory, WireError, WorkerFailed
+from minserve.wire.frames import FROM_RANK, Frame, FrameReader, Kind
+from minserve.wire.messages import Answer, Answers, Batch, Failure, Part, RequestMeta, pack, pack_with_body, unpack
+from minserve.worker.blame import Cause, What
+from minserve.worker.broadcast import Broadcast, Limits
+from tests.fakes import FakeClock, MemoryLink, feed
+
+pytestmark = pytest.mark.asyncio
+
+TIMEOUT, FIRST, GRACE = 10.0, 50.0, 2.0
+
+
+class Group:
+    """A broadcast over in-memory links, and the frames that its ranks would send."""
+
+    def __init__(self, ranks: int = 2, in_flight: int = 1, *, reply_after_all: bool = False) -> None:
+        self.clock = FakeClock()
+        self.links = [MemoryLink(rank) for rank in range(ranks)]
+        self.free = 0
+        self.broken: list[Cause] = []
+        limits = Limits(in_flight, TIMEOUT, FIRST, GRACE, reply_after_all)
+        self.broadcast = Broadcast(self.clock, self.links, limits, "m/0", self._freed, self.broken.append)
+
+    def _freed(self) -> None:
+        self.free += 1
+
+    def send(self, *bodies: bytes) -> list[Request]:
+        requests = [request(body) for body in bodies]
+        self.broadcast.send(requests)
+        return requests
+
+    def receive(self, rank: int, frame: Frame) -> None:
+        self.broadcast.received(self.links[rank], frame)
+
+    def reply(self, seq: int, *bodies: bytes, rank: int = 0, kind: Kind = Kind.REPLY) -> None:
+        answers = Answers(tuple(Answer(index, len(body)) for index, body in enumerate(bodies)))
+        self.receive(rank, frame_of(pack_with_body(kind, answers, bodies, seq)))
+
+    def chunk(self, seq: int, *chunks: tuple[int, bytes]) -> None:
+        answers = Answers(tuple(Answer(index, len(body)) for index, body in chunks), 1)
+        self.receive(0, frame_of(pack_with_body(Kind.CHUNK, answers, [body for _, body in chunks], seq)))
+
+    def done(self, rank: int, seq: int) -> None:
+        self.receive(rank, frame_of([pack(Kind.DONE, Answers(()), seq)]))
+
+    def error(self, rank: int, seq: int, failure: Failure) -> None:
+        self.receive(rank, frame_of([pack(Kind.ERROR, failure, seq)]))
+
+    def continued(self, rank: int) -> list[int]:
+        return [frame.seq for frame in self.links[rank].frames if frame.kind is Kind.CONTINUE]
+
+    def finish(self, count: int = 1) -> None:
+        """Gets the first batches behind it, so that the ordinary limit holds."""
+        for _ in range(count):
+            self.send(b"warm-up")
+            seq = self.links[0].frames[-1].seq
+            self.reply(seq, b"")
+            for rank in range(1, len(self.links)):
+                if self.broadcast.busy:
+                    self.done(rank, seq)
+
+
+def frame_of(pieces: list[bytes] | list[bytes | bytearray | memoryview]) -> Frame:
+    (frame,) = feed(FrameReader(2**31, FROM_RANK), b"".join(map(bytes, pieces)))
+    return frame
+
+
+def request(body: bytes, name: str = "id") -> Request:
+    meta = RequestMeta(name, (), (Part("body", "", len(body)),))
+    return Request(meta, [body], math.inf, asyncio.get_running_loop().create_future())
+
+
+def failure(
+    kind: str = "own",
+    type_name: str = "ValueError",
+    place: str = "handler.py:3",
+    needs: tuple[int, ...] = (0, 1),
+    origin: int = 0,
+    status: int = 0,
+) -> Failure:
+    return Failure(kind, type_name, "no such word", place, "Traceback ...", origin, needs, status)
+
+
+def body_of(request: Request) -> bytes:
+    return bytes(request.reply.result().body)
+
+
+def error_of(request: Request) -> BaseException | None:
+    return request.reply.exception() if request.reply.done() else None
+
+
+# ── order ──
+
+
+async def test_every_rank_gets_the_same_batches_in_the_same_order_numbered_from_one() -> None:
+    group = Group(ranks=4, in_flight=8)
+    for number in range(5):
+        group.send(*(b"%d.%d" % (number, index) for index in range(number % 3 + 1)))
+    first = group.links[0].frames
+    assert [frame.seq for frame in first] == [1, 2, 3, 4, 5]
+    assert [bytes(frame.body) for frame in first] == [b"0.0", b"1.01.1", b"2.02.12.2", b"3.0", b"4.04.1"]
+    assert [len(unpack(Batch, frame.meta).requests) for frame in first] == [1, 2, 3, 1, 2]
+    assert all(link.frames == first for link in group.links)
+
+
+@pytest.mark.parametrize("slow", [0, 1, 2])
+async def test_a_link_without_room_holds_back_the_batch_from_all_ranks(slow: int) -> None:
+    group = Group(ranks=3)
+    assert group.broadcast.has_place()
+    group.links[slow].has_room = False
+    assert not group.broadcast.has_place()
+    group.links[slow].has_room = True
+    assert group.broadcast.has_place()
+
+
+@pytest.mark.parametrize("in_flight", [1, 3])
+async def test_no_more_than_in_flight_batches_are_under_way(in_flight: int) -> None:
+    group = Group(in_flight=in_flight)
+    sent = 0
+    while group.broadcast.has_place():
+        group.send(b"")
+        sent += 1
+    assert sent == in_flight
+    group.reply(1, b"")
+    assert group.free == 1
+    assert group.broadcast.has_place()
+    assert group.broadcast.busy == (in_flight > 1)
+
+
+async def test_replies_are_matched_by_seq_not_by_arrival() -> None:
+    group = Group(in_flight=3)
+    one, two, three = ([*group.send(b"a", b"b")], [*group.send(b"c")], [*group.send(b"d")])
+    group.reply(3, b"D")
+    group.reply(1, b"A", b"BB")
+    group.reply(2, b"")
+    assert [body_of(request) for request in [*one, *two, *three]] == [b"A", b"BB", b"", b"D"]
+    assert not group.broadcast.busy
+
+
+async def test_an_answer_keeps_its_status_reason_and_headers() -> None:
+    group = Group()
+    (client,) = group.send(b"")
+    answers = Answers((Answer(0, 2, 418, "I'm a teapot", (("x-a", "1"), ("x-a", "2"))),))
+    group.receive(0, frame_of(pack_with_body(Kind.REPLY, answers, [b"ok"], 1)))
+    assert client.reply.result() == Reply(418, "I'm a teapot", (("x-a", "1"), ("x-a", "2")), b"ok")
+
+
+def raw(kind: Kind, seq: int, meta: bytes = b"", body: bytes = b"") -> Frame:
+    return Frame(kind, 0, seq, bytearray(meta), bytearray(body))
+
+
+def reply_frame(answers: list[tuple[int, int]], body: bytes, kind: Kind = Kind.REPLY) -> Frame:
+    meta = Answers(tuple(Answer(index, length) for index, length in answers))
+    return raw(kind, 1, bytes(frame_of([pack(kind, meta)]).meta), body)
+
+
+@pytest.mark.parametrize(
+    ("rank", "frame", "message"),
+    [
+        (0, reply_frame([(0, 1)], b"x"), "REPLY with 1 answers to a batch of 2"),
+        (0, reply_frame([(0, 1), (1, 1), (2, 0)], b"xy"), "answers requests"),
+        (0, reply_frame([(1, 1), (0, 1)], b"xy"), "answers requests"),
+        (0, reply_frame([(0, 1), (0, 1)], b"xy"), "answers requests"),
+        (0, reply_frame([(-1, 1), (0, 1)], b"xy"), "answers requests"),
+        (0, reply_frame([(0, 1), (1, 3)], b"xy"), "reach over"),
+        (0, reply_frame([(0, 1), (1, 0)], b"xy"), "add up to 1 bytes"),
+        (0, reply_frame([(0, -1), (1, 3)], b"xy"), "reach over"),
+        (0, reply_frame([(2, 1)], b"x", Kind.CHUNK), "answers requests"),
+        (0, raw(Kind.REPLY, 1, b"\xc1"), "bad Answers message"),
+        (0, raw(Kind.REPLY, 0), "REPLY for batch 0, which is not under way"),
+        (0, raw(Kind.REPLY, 2), "REPLY for batch 2, which is not under way .last sent: 1"),
+        (0, raw(Kind.CHUNK, 2), "CHUNK for batch 2, which is not under way"),
+        (1, raw(Kind.DONE, 2), "DONE for batch 2, which is not under way"),
+        (1, raw(Kind.ERROR, 2), "ERROR for batch 2, which is not under way"),
+        (1, raw(Kind.ERROR, 0), "ERROR for batch 0, which is not under way"),
+        (1, reply_frame([(0, 1), (1, 1)], b"xy"), "REPLY from rank 1: only rank 0 answers"),
+        (1, reply_frame([(0, 1)], b"x", Kind.CHUNK), "CHUNK from rank 1: only rank 0 answers"),
+    ],
+)
+async def test_a_frame_that_the_protocol_forbids_answers_nobody(rank: int, frame: Frame, message: str) -> None:
+    group = Group()
+    clients = group.send(b"a", b"b")
+    with pytest.raises(WireError, match=message):
+        group.receive(rank, frame)
+    assert not any(client.reply.done() for client in clients)
+
+
+async def test_a_second_reply_to_a_batch_is_an_error() -> None:
+    group = Group()
+    group.send(b"a")
+    group.reply(1, b"A")
+    with pytest.raises(WireError, match="REPLY for batch 1, which is not under way"):
+        group.reply(1, b"again")
+
+
+async def test_a_late_reply_frees_the_place_and_is_dropped() -> None:
+    group = Group()
+    (client,) = group.send(b"a")
+    client.reply.cancel()
+    assert not group.broadcast.has_place()
+    group.reply(1, b"A")
+    assert group.broadcast.has_place()
+
+
+@pytest.mark.parametrize("slow", [0, 1])
+async def test_a_rank_that_leaves_no_room_for_response_timeout_is_named(slow: int) -> None:
+    group = Group()
+    group.links[slow].has_room = False
+    group.broadcast.room_changed()
+    group.clock.advance(TIMEOUT - 0.01)
+    group.broadcast.room_changed()  # another link's mark; the limit does not start anew
+    assert group.broken == []
+    assert group.free == 0
+    group.clock.advance(0.01)
+    (cause,) = group.broken
+    assert (cause.what, str(cause)) == (
+        What.SILENCE,
+        f"rank {slow} (pid {4000 + slow}) has taken no batch for 10 s",
+    )
+
+
+async def test_room_on_all_links_wakes_the_dispatcher_and_ends_the_limit() -> None:
+    group = Group()
+    for link in group.links:
+        link.has_room = False
+        group.broadcast.room_changed()
+    group.clock.advance(TIMEOUT / 2)
+    group.links[0].has_room = True
+    group.broadcast.room_changed()
+    assert group.free == 0
+    group.links[1].has_room = True
+    group.broadcast.room_changed()
+    assert group.free == 1
+    group.clock.advance(10 * FIRST)
+    assert group.broken == []
+
+
+# ── replyAfter: all ──
+
+
+@pytest.mark.parametrize("order", [(0, 1, 2), (2, 1, 0), (1, 0, 2)])
+async def test_reply_after_all_holds_the_answer_until_every_rank_is_done(order: tuple[int, ...]) -> None:
+    group = Group(ranks=3, reply_after_all=True)
+    (client,) = group.send(b"a")
+    for rank in order:
+        assert not client.reply.done()
+        assert group.free == 0
+        if rank == 0:
+            group.reply(1, b"A")
+        else:
+            group.done(rank, 1)
+    assert body_of(client) == b"A"
+    assert group.free == 1
+
+
+async def test_reply_after_all_names_the_rank_that_is_behind_when_time_is_up() -> None:
+    group = Group(ranks=3, reply_after_all=True)
+    group.finish()
+    group.send(b"a")
+    group.reply(2, b"A")
+    group.done(1, 2)
+    group.clock.advance(TIMEOUT)
+    (cause,) = group.broken
+    assert (cause.what, cause.rank) == (What.SILENCE, 2)
+
+
+@pytest.mark.parametrize("kind", ["refused", "own"])
+async def test_reply_after_all_takes_a_late_done_of_a_batch_that_failed_on_rank_0_alone(kind: str) -> None:
+    """Refused answers and failures that a pipeline passed on are over for rank 0 before the others say DONE."""
+    group = Group(reply_after_all=True)
+    (client,) = group.send(b"a")
+    group.error(0, 1, failure(kind, needs=(0,)))
+    assert isinstance(error_of(client), HandlerError)
+    group.done(1, 1)
+    assert group.broken == []
+    assert group.broadcast.has_place()
+
+
+# ── exceptions ──
+
+
+@pytest.mark.parametrize("order", [(0, 1, 2), (2, 0, 1)])
+async def test_the_same_exception_on_all_ranks_answers_the_clients_and_the_worker_goes_on(
+    order: tuple[int, ...],
+) -> None:
+    group = Group(ranks=3)
+    clients = group.send(b"a", b"b")
+    for rank in order:
+        assert group.continued(0) == []
+        group.error(rank, 1, failure(needs=(0, 1, 2), origin=rank))
+    for client in clients:
+        error = error_of(client)
+        assert type(error) is HandlerError
+        assert str(error) == "Prediction failed: m/0, rank 0: ValueError: no such word"
+        assert error.status == 503
+    assert [group.continued(rank) for rank in range(3)] == [[1], [1], [1]]
+    group.clock.advance(10 * FIRST)
+    assert group.broken == []
+    assert group.broadcast.has_place()
+
+
+async def test_the_traceback_goes_to_the_log_and_never_to_a_client(caplog: pytest.LogCaptureFixture) -> None:
+    group = Group()
+    (client,) = group.send(b"a")
+    for rank in (0, 1):
+        group.error(rank, 1, failure())
+    assert "Traceback ..." in caplog.text
+    assert "handler.py:3" in caplog.text
+    assert "Traceback" not in str(error_of(client))
+
+
+async def test_a_handlers_own_status_reaches_the_client() -> None:
+    group = Group()
+    (client,) = group.send(b"a")
+    for rank in (0, 1):
+        group.error(rank, 1, failure(status=422))
+    error = error_of(client)
+    assert isinstance(error, HandlerError)
+    assert error.status == 422
+    assert HandlerError.status == 503
+
+
+async def test_out_of_memory_on_all_ranks_is_a_507() -> None:
+    group = Group()
+    (client,) = group.send(b"a")
+    for rank in (0, 1):
+        group.error(rank, 1, failure("memory", "OutOfMemoryError"))
+    assert isinstance(error_of(client), HandlerOutOfMemory)
+    assert group.broken == []
+
+
+async def test_each_doubt_has_a_grace_of_its_own() -> None:
+    group = Group()
+    for seq in (1, 2):
+        group.send(b"a")
+        group.error(0, seq, failure())
+        group.clock.advance(GRACE * 0.75)
+        assert group.broken == [], "the first batch's grace has ended with its doubt"
+        if seq == 1:
+            group.error(1, seq, failure())
+    group.clock.advance(GRACE * 0.25)
+    assert [cause.rank for cause in group.broken] == [0]
+
+
+@pytest.mark.parametrize("answered", [True, False])
+async def test_a_batch_in_step_takes_no_other_batch_out_of_doubt(answered: bool) -> None:
+    """With a pipeline rank 1 may be a batch ahead of what rank 0 has reported."""
+    group = Group(in_flight=2)
+    group.send(b"a")
+    group.send(b"b")
+    group.error(1, 2, failure(origin=1))
+    group.error(0, 1, failure("own", "KeyError", needs=(0,), origin=1))
+    assert group.continued(0) == [1]
+    assert not group.broadcast.has_place()
+    if answered:
+        group.reply(2, b"B")
+    else:
+        group.clock.advance(GRACE)
+    assert [(cause.what, cause.rank) for cause in group.broken] == [(What.EXCEPTION, 1)]
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+async def test_an_exception_on_one_rank_breaks_the_worker_after_the_grace_and_names_it(rank: int) -> None:
+    group = Group()
+    (client,) = group.send(b"a")
+    group.error(rank, 1, failure(origin=rank))
+    assert not group.broadcast.has_place(), "while it is in doubt no batch goes out"
+    group.clock.advance(GRACE - 0.01)
+    assert group.broken == []
+    group.clock.advance(0.01)
+    (cause,) = group.broken
+    assert (cause.what, cause.rank, cause.pid) == (What.EXCEPTION, rank, 4000 + rank)
+    assert str(cause) == f"rank {rank} (pid {4000 + rank}) raised ValueError: no such word"
+    assert not client.reply.done(), "the group answers, once it has looked at the deaths, too"
+    assert [group.continued(rank) for rank in (0, 1)] == [[], []]
+
+
+async def test_an_exception_on_rank_1_after_rank_0_has_replied_breaks_the_worker_at_once() -> None:
+    group = Group()
+    (client,) = group.send(b"a")
+    group.reply(1, b"A")
+    group.error(1, 1, failure(origin=1))
+    assert [cause.rank for cause in group.broken] == [1]
+    assert not group.broadcast.has_place()
+    assert body_of(client) == b"A"
+
+
+async def test_a_reply_after_another_ranks_exception_breaks_the_worker_at_once() -> None:
+    group = Group()
+    group.send(b"a")
+    group.error(1, 1, failure(origin=1))
+    group.reply(1, b"A")
+    assert [cause.rank for cause in group.broken] == [1]
+    assert not group.broadcast.has_place()
+
+
+@pytest.mark.parametrize(
+    ("reports", "culprit"),
+    [
+        ([failure(), failure(type_name="KeyError")], 0),
+        ([failure(), failure(place="handler.py:9")], 0),
+        ([failure("collective"), failure("collective")], 0),
+        ([failure("device"), failure("device")], 0),
+        ([failure("collective"), failure("own", place="handler.py:9")], 1),
+        ([failure("device"), failure("own")], 0),
+        ([failure("collective"), failure("own")], 1),
+    ],
+)
+async def test_exceptions_that_leave_the_ranks_out_of_step_break_the_worker_without_grace(
+    reports: list[Failure], culprit: int
+) -> None:
+    group = Group()
+    (client,) = group.send(b"a")
+    for rank, report in enumerate(reports):
+        assert group.broken == []
+        group.error(rank, 1, report)
+    assert [cause.rank for cause in group.broken] == [culprit]
+    assert not client.reply.done()
+    assert group.continued(0) == []
+
+
+async def test_a_rank_0_that_fails_again_after_a_refused_chunk_breaks_the_worker_and_is_named() -> None:
+    """A refused chunk ends the batch for its clients, while the handler runs on and may still raise."""
+    group = Group()
+    group.send(b"a")
+    group.error(0, 1, failure("refused", "Refused"))
+    group.error(0, 1, failure())
+    assert [(cause.what, cause.rank) for cause in group.broken] == [(What.EXCEPTION, 0)]
+
+
+@pytest.mark.parametrize("early", [True, False])
+async def test_a_failure_that_a_pipeline_passed_on_needs_the_report_of_its_first_stage_only(early: bool) -> None:
+    group = Group(ranks=3)
+    (client,) = group.send(b"a")
+    passed_on = failure(needs=(0,), origin=2)
+    if early:
+        group.error(2, 1, passed_on)
+        assert not client.reply.done()
+    group.error(0, 1, passed_on)
+    assert str(error_of(client)) == "Prediction failed: m/0, rank 2: ValueError: no such word"
+    if not early:
+        group.error(2, 1, passed_on)
+    group.clock.advance(10 * FIRST)
+    assert group.broken == []
+    assert group.broadcast.has_place()
+    assert [group.continued(rank) for rank in range(3)] == [[1]] * 3
+
+
+async def test_a_late_report_of_another_failure_breaks_the_worker() -> None:
+    group = Group()
+    group.send(b"a")
+    group.error(0, 1, failure(needs=(0,)))
+    group.error(1, 1, failure(type_name="KeyError", needs=(0,), origin=1))
+    assert [cause.rank for cause in group.broken] == [1]
+
+
+async def test_a_refused_answer_is_the_clients_error_and_no_ranks() -> None:
+    group = Group()
+    (client,) = group.send(b"a")
+    group.error(0, 1, failure("refused", "Refused", needs=()))
+    assert isinstance(error_of(client), HandlerError)
+    assert group.continued(0) == [], "nobody waits for it: handle had returned"
+    assert group.broken == []
+    assert group.broadcast.has_place()
+
+
+async def test_a_failed_batch_leaves_the_others_in_flight_alone() -> None:
+    group = Group(in_flight=2)
+    (one,), (two,) = group.send(b"a"), group.send(b"b")
+    for rank in (0, 1):
+        group.error(rank, 1, failure())
+    group.reply(2, b"B")
+    assert isinstance(error_of(one), HandlerError)
+    assert body_of(two) == b"B"
+
+
+async def test_the_end_of_the_group_answers_everything_in_flight_and_stops_the_clock() -> None:
+    group = Group(in_flight=3)
+    clients = [*group.send(b"a", b"b"), *group.send(b"c")]
+    group.error(1, 1, failure())
+    gone = WorkerFailed("rank 1 died")
+    group.broadcast.fail_all(gone)
+    assert [error_of(client) for client in clients] == [gone] * 3
+    group.clock.advance(10 * FIRST)
+    assert group.broken == []
+    assert not group.broadcast.busy
+
+
+# ── time ──
+
+
+async def test_the_first_batch_has_its_own_limit() -> None:
+    group = Group()
+    group.send(b"a")
+    group.clock.advance(FIRST - 0.01)
+    assert group.broken == []
+    group.clock.advance(0.01)
+    (cause,) = group.broken
+    assert str(cause) == "rank 0 (pid 4000) did not finish batch 1 within 50 s"
+
+
+async def test_a_batch_that_is_not_answered_within_response_timeout_breaks_the_worker() -> None:
+    group = Group()
+    group.finish()
+    (client,) = group.send(b"a")
+    group.clock.advance(TIMEOUT - 0.01)
+    assert group.broken == []
+    group.clock.advance(0.01)
+    (cause,) = group.broken
+    assert cause.what is What.SILENCE
+    assert str(cause) == "rank 0 (pid 4000) did not finish batch 2 within 10 s"
+    assert not client.reply.done(), "the group answers"
+
+
+async def test_an_exception_explains_a_silence() -> None:
+    group = Group(ranks=3)
+    group.finish()
+    group.send(b"a")
+    group.clock.advance(TIMEOUT - GRACE / 2)
+    group.error(1, 2, failure(needs=(0, 1, 2), origin=1))
+    group.clock.advance(GRACE / 2)
+    assert [(cause.what, cause.rank) for cause in group.broken] == [(What.EXCEPTION, 1)]
+
+
+async def test_a_batch_behind_others_counts_from_when_it_becomes_the_oldest() -> None:
+    group = Group(in_flight=2)
+    group.finish()
+    group.send(b"a")
+    group.send(b"b")
+    group.clock.advance(TIMEOUT - 1)
+    group.reply(2, b"A")
+    group.clock.advance(TIMEOUT - 1)
+    assert group.broken == []
+    group.clock.advance(1)
+    assert [str(cause) for cause in group.broken] == ["rank 0 (pid 4000) did not finish batch 3 within 10 s"]
+
+
+async def test_each_chunk_of_a_stream_starts_the_limit_anew() -> None:
+    group = Group()
+    group.finish()
+    group.send(b"a")
+    for _ in range(5):
+        group.clock.advance(TIMEOUT - 0.01)
+        group.chunk(2, (0, b"x"))
+    assert group.broken == []
+    group.clock.advance(TIMEOUT)
+    assert [cause.what for cause in group.broken] == [What.SILENCE]
+
+
+async def test_chunks_reach_the_request_that_they_are_for_and_the_reply_ends_the_streams() -> None:
+    group = Group()
+    one, two = group.send(b"a", b"b")
+    group.chunk(1, (1, b"two"))
+    assert not one.reply.done()
+    assert two.deadline == math.inf, "from the first chunk on responseTimeout watches"
+    group.chunk(1, (0, b"one"), (1, b"zwei"))
+    assert group.broadcast.busy
+    group.reply(1, b"", b"drei")
+    received = []
+    for client in (one, two):
+        stream = client.reply.result().stream
+        assert stream is not None
+        chunks = []
+        while (chunk := await stream.next()) is not None:
+            chunks.append(bytes(chunk))
+        received.append(chunks)
+    assert received == [[b"one"], [b"two", b"zwei", b"drei"]]
+    assert group.broadcast.has_place()
+
+
+async def test_a_stream_whose_worker_ends_breaks_off_after_what_has_come() -> None:
+    group = Group()
+    (client,) = group.send(b"a")
+    group.chunk(1, (0, b"x"))
+    group.broadcast.fail_all(WorkerFailed("rank 1 died"))
+    stream = client.reply.result().stream
+    assert stream is not None
+    assert await stream.next() == b"x"
+    with pytest.raises(WorkerFailed, match="rank 1 died"):
+        await stream.next()
+
+
+async def test_a_batch_that_cannot_be_encoded_leaves_no_gap() -> None:
+    group = Group()
+    odd = request(b"x")
+    odd.meta.parts = (Part("body", "image/\udcff", 1),)
+    with pytest.raises(UnicodeEncodeError):
+        group.broadcast.send([odd])
+    assert group.broadcast.has_place()
+    group.send(b"a")
+    assert [frame.seq for frame in group.links[0].frames] == [1]
+
+
+async def test_a_crowded_link_is_borne_while_the_batch_before_it_has_time_left() -> None:
+    """The first batch may compile for longer than responseTimeout; nobody takes batches meanwhile."""
+    group = Group(in_flight=2)
+    group.send(b"a")
+    group.links[1].has_room = False
+    group.broadcast.room_changed()
+    group.clock.advance(FIRST - 1)
+    assert group.broken == []
+    group.clock.advance(2)
+    assert [cause.detail for cause in group.broken[:1]] == ["did not finish batch 1 within 50 s"]

@@ -1,0 +1,30 @@
+import dataclasses
+
+import pytest
+
+from minserve.worker.broadcast import Limits
+from tests.unit.worker.specs import make_spec, model_config
+
+
+@pytest.mark.parametrize(
+    ("options", "limits"),
+    [
+        ({}, Limits(1, 10, 50, 2, False)),
+        (
+            {"in_flight": 4, "first_batch_timeout": 3.0, "error_grace": 0.5, "reply_after": "all"},
+            Limits(4, 10, 3, 0.5, True),
+        ),
+        ({"reply_after": "rank0"}, Limits(1, 10, 50, 2, False)),
+    ],
+)
+def test_limits_are_the_models_or_follow_from_its_response_timeout(options: dict[str, object], limits: Limits) -> None:
+    assert make_spec(config=model_config(minserve=options)).limits == limits
+
+
+@pytest.mark.parametrize(
+    ("client_timeout", "options", "seconds"),
+    [(0, {}, 20), (0, {"queue_timeout": 1.5}, 11.5), (1500, {"queue_timeout": 60.0}, 1.5)],
+)
+def test_a_requests_deadline(client_timeout: int, options: dict[str, object], seconds: float) -> None:
+    config = model_config(minserve=options, client_timeout_in_mills=client_timeout)
+    assert dataclasses.replace(make_spec(), config=config).request_timeout == seconds

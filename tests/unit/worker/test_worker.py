@@ -1,0 +1,339 @@
+import asyncio
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import ClassVar
+
+import pytest
+
+from minserve.dispatch.dispatcher import Dispatcher
+from minserve.dispatch.request import Reply, Request
+from minserve.errors import WorkerFailed
+from minserve.wire.messages import Answer, RequestMeta
+from minserve.worker.devices import DeviceAllocator, Devices, Inventory
+from minserve.worker.endpoints import Endpoints
+from minserve.worker.spec import ModelSpec
+from minserve.worker.worker import RankReport, State, Worker
+from tests.unit.worker.specs import make_spec, model_config, until
+
+pytestmark = pytest.mark.asyncio
+
+TWO_GPUS = Inventory(("4", "5"))
+
+
+class FakeGroup:
+    """Stands in for a RankGroup: does nothing but tell what was asked of it."""
+
+    made: ClassVar[list["FakeGroup"]] = []
+    failing: ClassVar[dict[str, Exception]] = {}  # step → what it raises
+    hanging: ClassVar[set[str]] = set()
+
+    def __init__(
+        self,
+        spec: ModelSpec,
+        who: str,
+        slot: int,
+        directory: Path,
+        devices: Devices,
+        environ: Mapping[str, str],
+        on_free: object,
+    ) -> None:
+        self.devices = devices
+        self.on_free = on_free
+        self.calls: list[str] = []
+        self.batches: list[list[Request]] = []
+        self.failed: asyncio.Future[WorkerFailed] = asyncio.get_running_loop().create_future()
+        self.served = False
+        self.agent_pid = 4711
+        self.pids = {0: 4712}
+        self.endpoints = Endpoints(f"unix:{directory}/worker.", slot * spec.world_size, spec.world_size)
+        FakeGroup.made.append(self)
+
+    async def _step(self, name: str) -> None:
+        self.calls.append(name)
+        if name in self.hanging:
+            await asyncio.Event().wait()
+        if name in self.failing:
+            raise self.failing[name]
+
+    def launch(self) -> None:
+        self.calls.append("launch")
+        if "launch" in self.failing:
+            raise self.failing["launch"]
+
+    async def connect(self, timeout: float) -> None:
+        self.accept_timeout = timeout
+        await self._step("connect")
+
+    async def load(self, timeout: float) -> None:
+        self.load_timeout = timeout
+        await self._step("load")
+
+    def has_place(self) -> bool:
+        return not self.busy and not self.failed.done()
+
+    def send(self, requests: list[Request]) -> None:
+        self.batches.append(requests)
+
+    @property
+    def busy(self) -> bool:
+        return bool(self.batches)
+
+    def finish(self) -> None:
+        for request in self.batches.pop():
+            request.answer(Answer(0, 2), b"ok")
+        assert callable(self.on_free)
+        self.on_free()
+
+    async def end(self, exit_timeout: float) -> None:
+        self.exit_timeout = exit_timeout
+        await self._step("end")
+
+    async def kill(self) -> None:
+        await self._step("kill")
+
+    def stage(self, rank: int) -> str:
+        return f"weights of {rank}"
+
+
+@pytest.fixture(autouse=True)
+def fake_groups(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("minserve.worker.worker.RankGroup", FakeGroup)
+    monkeypatch.setattr(FakeGroup, "made", [])
+    monkeypatch.setattr(FakeGroup, "failing", {})
+    monkeypatch.setattr(FakeGroup, "hanging", set())
+
+
+class Setup:
+    def __init__(self, number: int = 0, inventory: Inventory = TWO_GPUS, **minserve: object) -> None:
+        self.dispatcher = Dispatcher(asyncio.get_running_loop(), "m", 1, 0.0, 10)
+        self.allocator = DeviceAllocator(inventory)
+        spec = make_spec(2, config=model_config("tp", minserve, parallel_level=2))
+        self.worker = Worker(spec, number, Path("/run/m1"), self.dispatcher, self.allocator, {})
+
+    def state(self) -> State:
+        return self.worker.state
+
+    @property
+    def group(self) -> FakeGroup:
+        return FakeGroup.made[-1]
+
+    def submit(self) -> asyncio.Task[Reply]:
+        loop = asyncio.get_running_loop()
+        request = Request(RequestMeta("", (), ()), [], math.inf, loop.create_future())
+        return asyncio.create_task(self.dispatcher.submit(request))
+
+    async def make_busy(self) -> asyncio.Task[Reply]:
+        client = self.submit()
+        await until(lambda: self.group.batches)
+        return client
+
+    @property
+    def devices_are_free(self) -> bool:
+        spec = make_spec(2, config=model_config("tp", parallel_level=2))
+        try:
+            self.allocator.reserve("another", spec.config, 2)
+        except Exception:
+            return False
+        self.allocator.release("another")
+        return True
+
+
+ALLOWED = {
+    State.STARTING: "CONNECTING FAILED STOPPED",
+    State.CONNECTING: "LOADING FAILED STOPPED",
+    State.LOADING: "READY FAILED STOPPED",
+    State.READY: "DRAINING FAILED STOPPED",  # BUSY is READY with a batch under way, nothing that is entered
+    State.DRAINING: "FAILED STOPPED",
+    State.FAILED: "STARTING STOPPED",
+    State.STOPPED: "STARTING",
+}
+
+
+@pytest.mark.parametrize("after", State)
+@pytest.mark.parametrize("before", ALLOWED)
+async def test_only_the_drawn_ways_lead_from_state_to_state(before: State, after: State) -> None:
+    worker = Setup().worker
+    worker._state = before
+    if after in ALLOWED[before].split():
+        worker._enter(after)
+        assert worker.state is after
+    else:
+        with pytest.raises(AssertionError, match=f"no way from {before} to {after}"):
+            worker._enter(after)
+        assert worker.state is before
+
+
+async def test_a_start_goes_through_launch_connect_and_load_and_only_then_takes_batches() -> None:
+    setup = Setup()
+    client = setup.submit()
+    FakeGroup.hanging = {"load"}
+    start = asyncio.create_task(setup.worker.start())
+    await until(lambda: FakeGroup.made and "load" in setup.group.calls)
+    assert setup.state() is State.LOADING
+    assert not setup.worker.has_place()
+    assert setup.group.batches == []
+    start.cancel()
+    await asyncio.gather(start, return_exceptions=True)
+
+    FakeGroup.hanging = set()
+    await setup.worker.start()
+    await until(lambda: setup.group.batches)
+    assert setup.state() is State.BUSY
+    setup.group.finish()
+    await client
+    assert setup.state() is State.READY
+    assert setup.group.calls == ["launch", "connect", "load"]
+
+
+@pytest.mark.parametrize(("accept", "given"), [(3.0, 3.0), (30.0, 20.0)])
+async def test_one_limit_stands_over_start_and_load(accept: float, given: float) -> None:
+    setup = Setup(accept_timeout=accept)
+    await setup.worker.start()
+    assert setup.group.accept_timeout == given
+    assert 15 < setup.group.load_timeout <= 20
+
+
+@pytest.mark.parametrize("step", ["launch", "connect", "load"])
+async def test_a_failed_start_ends_everything_and_keeps_the_reason_and_the_devices(
+    step: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    setup = Setup()
+    FakeGroup.failing = {step: WorkerFailed("m/0: rank 1 is missing", ("boom",))}
+    with pytest.raises(WorkerFailed, match="rank 1 is missing"):
+        await setup.worker.start()
+    assert setup.state() is State.FAILED
+    assert setup.group.calls[-1] == "kill"
+    report = setup.worker.report()
+    assert (report.last_error, report.last_lines, report.serving) == ("m/0: rank 1 is missing", ("boom",), False)
+    assert "m/0: rank 1 is missing\n    boom" in caplog.text
+    assert not setup.devices_are_free, "or a single process would sit down on one before the restart"
+
+    assert not setup.worker.served
+    FakeGroup.failing = {}
+    await setup.worker.start()
+    assert setup.worker.report().restarts == 1
+    assert setup.state() is State.READY
+
+
+async def test_without_devices_a_start_fails_and_says_who_has_them() -> None:
+    setup = Setup(inventory=Inventory(("0",)))
+    with pytest.raises(WorkerFailed, match="m/0 needs 2 device"):
+        await setup.worker.start()
+    assert setup.state() is State.FAILED
+    assert FakeGroup.made == []
+
+
+async def test_what_nobody_foresaw_leaves_no_process_and_no_devices_behind() -> None:
+    setup = Setup()
+    FakeGroup.failing = {"connect": OSError("too many open files")}
+    with pytest.raises(OSError, match="too many"):
+        await setup.worker.start()
+    assert setup.group.calls[-1] == "kill"
+    assert setup.state() is State.STOPPED
+    assert setup.devices_are_free
+
+
+@pytest.mark.parametrize("step", ["connect", "load"])
+async def test_a_start_that_is_cancelled_ends_what_it_has_started(step: str) -> None:
+    setup = Setup()
+    FakeGroup.hanging = {step}
+    start = asyncio.create_task(setup.worker.start())
+    await until(lambda: FakeGroup.made and step in setup.group.calls)
+    start.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await start
+    assert setup.group.calls[-1] == "kill"
+    assert setup.state() is State.STOPPED
+    assert setup.devices_are_free
+
+
+@pytest.mark.parametrize("served", [True, False])
+async def test_a_ready_worker_that_fails_takes_no_more_batches_and_is_killed(served: bool) -> None:
+    setup = Setup()
+    await setup.worker.start()
+    failed = asyncio.create_task(setup.worker.failed())
+    setup.group.served = served
+    setup.group.failed.set_result(WorkerFailed("m/0: rank 1 died"))
+    assert str(await failed) == "m/0: rank 1 died"
+    assert setup.state() is State.FAILED
+    assert setup.group.calls[-1] == "kill"
+    client = setup.submit()
+    await asyncio.sleep(0)
+    await asyncio.sleep(0)
+    assert setup.group.batches == []
+    assert setup.worker.served == served
+    assert setup.dispatcher.queued == 1, "it waits for the next incarnation"
+    client.cancel()
+    await asyncio.gather(client, return_exceptions=True)
+
+
+async def test_waiting_for_a_failure_can_be_cancelled_without_ending_the_worker() -> None:
+    setup = Setup()
+    await setup.worker.start()
+    waiting = asyncio.create_task(setup.worker.failed())
+    await asyncio.sleep(0)
+    waiting.cancel()
+    await asyncio.gather(waiting, return_exceptions=True)
+    assert not setup.group.failed.cancelled()
+    assert setup.state() is State.READY
+
+
+async def test_a_stop_lets_the_batch_in_flight_finish_and_then_ends_the_ranks() -> None:
+    setup = Setup(exit_timeout=3.0)
+    await setup.worker.start()
+    client = await setup.make_busy()
+    stop = asyncio.create_task(setup.worker.stop(30))
+    await until(lambda: setup.state() is State.DRAINING)
+    late = setup.submit()
+    await asyncio.sleep(0)
+    assert "end" not in setup.group.calls
+    setup.group.finish()
+    await client
+    await stop
+    assert setup.group.calls[3:] == ["end", "kill"]
+    assert setup.group.exit_timeout == 3
+    assert setup.state() is State.STOPPED
+    assert setup.devices_are_free
+    assert setup.dispatcher.queued == 1
+    late.cancel()
+    await asyncio.gather(late, return_exceptions=True)
+
+
+@pytest.mark.parametrize("dies", [False, True])
+async def test_a_drain_ends_with_its_time_or_with_its_group(dies: bool) -> None:
+    setup = Setup()
+    await setup.worker.start()
+    client = await setup.make_busy()
+    stop = asyncio.create_task(setup.worker.stop(60.0 if dies else 0.01))
+    await until(lambda: setup.state() is State.DRAINING)
+    if dies:
+        setup.group.failed.set_result(WorkerFailed("rank 1 died"))
+    async with asyncio.timeout(10):
+        await stop
+    assert setup.state() is State.STOPPED
+    client.cancel()
+    await asyncio.gather(client, return_exceptions=True)
+
+
+async def test_a_failed_worker_stops_and_a_stopped_one_stays_so() -> None:
+    setup = Setup()
+    FakeGroup.failing = {"load": WorkerFailed("no")}
+    with pytest.raises(WorkerFailed):
+        await setup.worker.start()
+    for _ in range(2):
+        await setup.worker.stop(1)
+        assert setup.state() is State.STOPPED
+    assert setup.devices_are_free
+
+
+async def test_the_report_shows_ranks_endpoints_devices_and_progress() -> None:
+    setup = Setup(number=1)
+    assert setup.worker.report().ranks == ()
+    await setup.worker.start()
+    report = setup.worker.report()
+    assert (report.number, report.devices, report.agent_pid, report.restarts) == (1, "4,5", 4711, 0)
+    assert report.ranks == (
+        RankReport(0, 4712, "unix:/run/m1/worker.2", "weights of 0"),
+        RankReport(1, 0, "unix:/run/m1/worker.3", "weights of 1"),
+    )
