@@ -1,6 +1,5 @@
 """Does what the request says, on the ranks it says, then adds the request's number up over the ranks."""
 
-import gc
 import json
 import os
 import signal
@@ -67,6 +66,6 @@ class Faulty(BaseHandler):
 
     @staticmethod
     def _link():
-        from minserve.rank.connection import Connection
+        from minserve.rank import streaming
 
-        return next(found for found in gc.get_objects() if isinstance(found, Connection)).socket
+        return streaming.current()._connection.socket
