@@ -69,7 +69,7 @@ def _verdict(value: float, aim: Aim | None) -> tuple[str, str]:
 
 def _number(value: float) -> str:
     """Three digits: the noise leaves no more."""
-    return f"{value:.0f}" if value >= 100 else f"{value:.3g}"
+    return f"{value:.0f}" if value >= 100 or value < 1e-9 else f"{value:.3g}"
 
 
 def table(rows: Sequence[Row]) -> str:
