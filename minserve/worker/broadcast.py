@@ -110,7 +110,6 @@ class Broadcast:
         self._continued: deque[tuple[int, str, str]] = deque(maxlen=64)
         self._crowded_until = math.inf  # how long it is borne that a link has no room
         self.batches_done = 0
-        self.last_done_at = clock.time()
 
     # ── to the ranks ──
 
@@ -196,11 +195,14 @@ class Broadcast:
         answers = self._answers(batch, frame)
         if len(answers) != len(batch.requests):
             raise WireError(f"REPLY with {len(answers)} answers to a batch of {len(batch.requests)}")
+        if (
+            batch.failures
+        ):  # another rank has raised: they are not at the same place, and this answer is not to be trusted
+            self._break()
+            return
         for request, (answer, body) in zip(batch.requests, answers, strict=True):
             request.answer(answer, body)
         self._finish(batch)
-        if batch.failures:  # rank 0 is through, another rank raised: they are no longer at the same place
-            self._break()
 
     def _chunk(self, batch: Outstanding, frame: Frame) -> None:
         for answer, body in self._answers(batch, frame):
@@ -226,11 +228,10 @@ class Broadcast:
     def _finish(self, batch: Outstanding) -> None:
         del self._outstanding[batch.seq]
         self.batches_done += 1
-        self.last_done_at = self._clock.time()
         if self._outstanding:
             oldest = next(iter(self._outstanding.values()))
             oldest.limit = self._limits.response_timeout
-            oldest.due = min(oldest.due, self.last_done_at + oldest.limit)
+            oldest.due = min(oldest.due, self._clock.time() + oldest.limit)
             self._due_alarm.at(oldest.due)
         self._on_free()
 

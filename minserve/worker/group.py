@@ -236,11 +236,11 @@ class RankGroup:
         self._ending = True
         if self._verdict is not None:
             self._verdict.cancel()
+        if self._broadcast is not None:
+            self._broadcast.fail_all(WorkerFailed(f"{self._who}: the worker was stopped"))
         if self.agent_pid:
             kill_tree(self.agent_pid, self.pids.values())
             await self._gone(GONE_S, self._watches)
-        if self._broadcast is not None:
-            self._broadcast.fail_all(WorkerFailed(f"{self._who}: the worker was stopped"))
         for link in self._links:
             link.close()
         for arrival in self._arrivals:

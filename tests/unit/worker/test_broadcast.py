@@ -607,3 +607,12 @@ async def test_a_crowded_link_is_borne_while_the_batch_before_it_has_time_left()
     assert group.broken == []
     group.clock.advance(2)
     assert [cause.detail for cause in group.broken[:1]] == ["did not finish batch 1 within 50 s"]
+
+
+async def test_an_answer_behind_another_ranks_exception_is_not_sent() -> None:
+    group = Group()
+    (client,) = group.send(b"a")
+    group.error(1, 1, failure(origin=1))
+    group.reply(1, b"whatever rank 0 made of it")
+    assert not client.reply.done()
+    assert [cause.rank for cause in group.broken] == [1]
