@@ -10,7 +10,7 @@ def main() -> None:
     """Runs the command line.
 
     Importing it takes a few hundred milliseconds, in which nothing runs yet: a SIGTERM or Ctrl-C then ends in 0 like later
-    ones, which the server takes over.
+    ones, which the server takes over. Commands other than start take it back.
     """
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: sys.exit(0))

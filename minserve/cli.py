@@ -48,11 +48,14 @@ def _version(wanted: bool) -> None:
 
 @app.callback()
 def _root(
+    context: typer.Context,
     version: Annotated[
         bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")
     ] = False,
 ) -> None:
-    pass
+    if context.invoked_subcommand != "start":  # Ctrl-C shall not look like success; see __main__
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @app.command()
@@ -210,7 +213,10 @@ def _model_names(url: str) -> list[str]:
 
 
 def _get(url: str) -> object:
-    with urllib.request.urlopen(url, timeout=REQUEST_TIMEOUT_S) as answer:
+    direct = urllib.request.build_opener(
+        urllib.request.ProxyHandler({})
+    )  # a proxy knows nothing of this machine's loopback
+    with direct.open(url, timeout=REQUEST_TIMEOUT_S) as answer:
         return json.load(answer)
 
 

@@ -105,6 +105,8 @@ def print_status(url: str, models: Sequence[Mapping[str, object]]) -> None:
             for rank in worker["ranks"] or [{"rank": "-", "pid": "-", "endpoint": "-"}]:
                 table.add_row(*head, str(rank["rank"]), str(rank["pid"]), str(rank["endpoint"]), *tail)
                 head, tail = ["", "", "", ""], ["", ""]
+        if not workers and model.get("lastError"):
+            table.add_row(str(model.get("modelName", "")), "", "", "BROKEN", "", "", "", "", str(model["lastError"]))
         if model.get("unhealthy"):
             table.add_row(str(model.get("modelName", "")), "", "", "UNHEALTHY", "", "", "", "", str(model["unhealthy"]))
     width = None if sys.stdout.isatty() else 200  # a pipe has no width, and 80 columns would fold every cell

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 
 from aiohttp import web
 
+from minserve.config.keys import ParallelType
 from minserve.errors import ConfigError, StartupError
 from minserve.frontend.app import inference_app, management_app, require_c_parser, runner
 from minserve.registry.models import Registry, read_devices, validate_model
@@ -67,12 +68,12 @@ class Server:
         try:
             self.registry = Registry(runtime, inventory, self._environ, self.changed.set)
             self.registry.broken = broken
+            # Those who own devices choose first; plain single processes share what is left.
+            for model in sorted(models, key=lambda model: model.spec.config.parallel_type is ParallelType.NONE):
+                self.registry.add(model)
             await self._listen(inference, management)
             runtime.tell(LiveServer(os.getpid(), self.inference_url, self.management_url))
             logger.info("inference on %s, management on %s", self.inference_url, self.management_url)
-            # Exclusive owners choose their devices first; single processes share what is left.
-            for model in sorted(models, key=lambda model: not model.spec.config.is_parallel):
-                self.registry.add(model)
             self.listening.set()
             gc.collect()
             gc.freeze()  # modules and routes stay: the collector need not walk through them between requests
@@ -106,7 +107,7 @@ class Server:
                 f"no model with a valid configuration in {self._options.model_store}: {'; '.join(reasons)}"
             )
         for name, wrong in broken.items():
-            logger.error("%s is not served: %s", name, wrong)
+            logger.error("%s is not served: %s", name, "; ".join(str(wrong).splitlines()))
         for model in models:
             for warning in model.warnings:
                 logger.warning("%s", warning)
@@ -123,9 +124,8 @@ class Server:
             listener.listen(BACKLOG)
         except OSError as error:
             listener.close()
-            raise StartupError(
-                f"cannot listen on {host}:{port}: {os.strerror(error.errno or 0)}; {option} chooses another"
-            ) from None
+            choose = "--host" if isinstance(error, socket.gaierror) else option
+            raise StartupError(f"cannot listen on {host}:{port}: {error.strerror}; {choose} chooses another") from None
         listener.setblocking(False)
         return listener
 
@@ -147,8 +147,7 @@ class Server:
         """Lets what is in flight finish, answers the rest, ends the ranks, then the listeners."""
         logger.info("stopping: in-flight requests finish first")
         await self.registry.stop()
-        for app_runner in self._runners:
-            await app_runner.cleanup()
+        await asyncio.gather(*(app_runner.cleanup() for app_runner in self._runners))
         logger.info("stopped")
 
 

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 
 MULTIPART = "multipart/form-data"
 URL_ENCODED = "application/x-www-form-urlencoded"
+MAX_NAME = 1024  # characters; names travel in a frame's meta, which is bounded
 MAX_FIELDS = 1000  # of a form; each costs far more memory than its bytes
 
 
@@ -38,6 +39,11 @@ async def read_parts(request: web.Request) -> tuple[tuple[Part, ...], list[bytes
     return (Part("body", kind, len(body)),), [body]
 
 
+def _check_name(name: str) -> None:
+    if len(name) > MAX_NAME:
+        raise BadRequest(f"bad form: a field name of {len(name)} characters, at most {MAX_NAME} are allowed")
+
+
 def printable(text: str) -> str:
     """Text from a client as text that can be encoded: aiohttp turns stray bytes into lone surrogates."""
     return text if text.isascii() else text.encode("utf-8", "replace").decode()
@@ -49,6 +55,8 @@ async def _url_encoded(request: web.Request) -> list[tuple[str, str, bytes]]:
         pairs = parse_qsl(text, keep_blank_values=True, encoding="latin-1", max_num_fields=MAX_FIELDS)
     except ValueError as error:
         raise BadRequest(f"bad url-encoded body: {error}") from None
+    for name, _ in pairs:
+        _check_name(name)
     fields = {name.encode("latin-1").decode("utf-8", "replace"): value.encode("latin-1") for name, value in pairs}
     return [(name, "", value) for name, value in fields.items()]
 
@@ -64,6 +72,7 @@ async def _multipart(request: web.Request) -> list[tuple[str, str, bytes]]:
                 raise BadRequest("bad multipart body: a multipart inside a multipart")
             if not part.name:
                 raise BadRequest("bad multipart body: a part without a name")
+            _check_name(part.name)
             if len(fields) >= MAX_FIELDS:
                 raise BadRequest(f"bad multipart body: more than {MAX_FIELDS} parts")
             value = await _read_part(part, room)

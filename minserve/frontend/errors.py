@@ -44,7 +44,7 @@ async def errors_as_json(
     except web.HTTPException as error:
         return error_response(_from_aiohttp(error))
     except Exception:
-        logger.exception("%s %s: unforeseen", request.method, request.path)
+        logger.exception("%s %s: unforeseen", request.method, request.raw_path)
         return error_response(MinServeError("Internal error; the log has its traceback"))
 
 

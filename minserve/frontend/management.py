@@ -35,16 +35,15 @@ class Management:
 
     async def list_models(self, request: web.Request) -> web.Response:
         """A page of models, by name. `nextPageToken` is there while more follow."""
-        models = list(self._registry.models())
+        models: list[Json] = [
+            {"modelName": model.spec.name, "modelUrl": str(model.spec.model_dir)} for model in self._registry.models()
+        ]
+        models += [{"modelName": name, "modelUrl": ""} for name in sorted(self._registry.broken)]
         limit = _number(request, "limit", DEFAULT_LIMIT)
         if not 0 <= limit <= DEFAULT_LIMIT:
             limit = DEFAULT_LIMIT
         start = max(0, _number(request, "next_page_token", 0))
-        page = [
-            {"modelName": model.spec.name, "modelUrl": str(model.spec.model_dir)}
-            for model in models[start : start + limit]
-        ]
-        answer: Json = {"models": page}
+        answer: Json = {"models": models[start : start + limit]}
         if start + limit < len(models):
             answer = {"nextPageToken": str(start + limit), **answer}
         return json_response(answer)

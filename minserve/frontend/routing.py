@@ -24,11 +24,12 @@ def add_route(router: web.UrlDispatcher, methods: Sequence[str], path: str, hand
 
     Each handler is wrapped by itself: a middleware would cost every prediction two more coroutines of aiohttp's.
     """
-    resource = router.add_resource(path)
-    for method in methods:
-        resource.add_route(method, _answered(handler))
-    if hdrs.METH_ANY not in methods:
-        resource.add_route(hdrs.METH_ANY, _answered(_refuse_method))
+    for spelling in (path,) if path.endswith(":.*}") else (path, f"{path}/"):  # TorchServe ignores a slash at the end
+        resource = router.add_resource(spelling)
+        for method in methods:
+            resource.add_route(method, _answered(handler))
+        if hdrs.METH_ANY not in methods:
+            resource.add_route(hdrs.METH_ANY, _answered(_refuse_method))
 
 
 def add_not_found(router: web.UrlDispatcher) -> None:

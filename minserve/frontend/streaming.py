@@ -16,6 +16,10 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
+BODILESS = frozenset(
+    {204, 304}
+)  # aiohttp frames no chunks for these: a body would be taken for the next answer's bytes
+
 
 async def stream_reply(
     request: web.Request, reply: Reply, stream: Stream, headers: CIMultiDict[str]
@@ -33,14 +37,15 @@ async def stream_reply(
     try:
         await response.prepare(request)
         while (chunk := await stream.next()) is not None:
-            await response.write(chunk)
+            if reply.status not in BODILESS:
+                await response.write(chunk)
         await response.write_eof()
     except MinServeError as error:
-        logger.warning("%s: stream broken off: %s", request.path, error)
+        logger.warning("%s: stream broken off: %s", request.raw_path, error)
         if request.transport is not None:
             request.transport.abort()
     except ConnectionError as error:  # seen before the loop has cancelled this call
-        logger.debug("%s: the client has left its stream: %s", request.path, error)
+        logger.debug("%s: the client has left its stream: %s", request.raw_path, error)
     finally:
         stream.mute()
     return response

@@ -24,7 +24,6 @@ MAX_TENSORS = 8
 MAX_DIMS = 8
 HEADER_LENGTH = 3 + MAX_TENSORS * (2 + MAX_DIMS)
 _MAGIC = 0x6D696E73657276  # "minserv"
-_MAX_TEXT = 4000
 
 # Both ends run the same code, so the place in this tuple says which dtype it is.
 DTYPES = (
@@ -94,15 +93,15 @@ def pack(tensors: Sequence[Tensor], device: torch.device, failed: bool = False) 
 
 def pack_failure(failure: StageError, device: torch.device) -> list[Tensor]:
     """Makes the message that takes the place of the activations after a stage has failed."""
-    described = [failure.origin, failure.type_name, failure.text[:_MAX_TEXT], failure.place]
+    described = [failure.origin, failure.type_name, failure.text, failure.place, failure.status]
     raw = bytearray(json.dumps(described).encode())
     return pack([torch.frombuffer(raw, dtype=torch.uint8)], device, failed=True)
 
 
 def unpack_failure(payload: Tensor, needs: tuple[int, ...]) -> StageError:
     """Reads the failure that came in place of activations."""
-    origin, type_name, text, place = json.loads(bytes(payload.cpu().tolist()))
-    return StageError(origin, type_name, text, place, needs)
+    origin, type_name, text, place, status = json.loads(bytes(payload.cpu().tolist()))
+    return StageError(origin, type_name, text, place, needs, status)
 
 
 def read_header(header: Tensor) -> Header:

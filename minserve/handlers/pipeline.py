@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
 from minserve.handlers.activations import HEADER_LENGTH, pack, pack_failure, read_header, unpack_failure
-from minserve.rank.failures import StageError, is_collective, place_of
+from minserve.rank.failures import StageError, describe, is_collective
 
 Stage = Callable[..., Tensor | Sequence[Tensor]]
 
@@ -101,7 +101,10 @@ class Pipeline:
             return failure
 
     def _describe(self, error: Exception) -> StageError:
-        return StageError(dist.get_rank(), type(error).__name__, str(error), place_of(error), self._needs)
+        described = describe(error, dist.get_rank(), dist.get_world_size())
+        return StageError(
+            described.origin, described.type_name, described.text, described.place, self._needs, described.status
+        )
 
     def _send(self, message: list[Tensor]) -> None:
         """Sends to the next stage; the last one's next is the first.

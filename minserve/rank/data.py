@@ -20,7 +20,7 @@ Value = object  # JSON value, str or bytearray
 
 
 class Refused(Exception):
-    """What a handler returned cannot be sent. `at` is the index of the answer, None when it is about the whole."""
+    """What a handler returned cannot be sent."""
 
 
 def decode_batch(batch: Batch, body: bytearray) -> list[dict[str, Value]]:
@@ -81,7 +81,9 @@ def encode_answer(value: object, index: int) -> Buffer:
         if torch is not None and isinstance(value, torch.Tensor):
             return _save(torch, value)
         return _pretty_json(value)
-    except (TypeError, ValueError, RecursionError) as error:
+    except (
+        Exception
+    ) as error:  # on rank 0 alone, so it must not pass for the handler's own, which would restart the worker
         raise Refused(
             f"Unsupported model output data type: answer {index} is of type {type(value).__name__}: {error}"
         ) from None

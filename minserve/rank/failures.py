@@ -26,6 +26,7 @@ class StageError(Exception):
     them have left the batch in step, so the worker goes on, provided that every rank in `needs` reports the same failure.
 
     Attributes:
+        status: HTTP status that the exception asks for, 0 for none.
         origin: rank whose stage raised first.
         type_name: class name of the first exception.
         text: its text.
@@ -34,13 +35,16 @@ class StageError(Exception):
             stage, where the failure ends up. With tensor parallelism inside the stages this proves that all columns failed.
     """
 
-    def __init__(self, origin: int, type_name: str, text: str, place: str, needs: tuple[int, ...]) -> None:
+    def __init__(
+        self, origin: int, type_name: str, text: str, place: str, needs: tuple[int, ...], status: int = 0
+    ) -> None:
         super().__init__(f"{type_name}: {text}")
         self.origin = origin
         self.type_name = type_name
         self.text = text
         self.place = place
         self.needs = needs
+        self.status = status
 
 
 def describe(error: BaseException, rank: int, world_size: int) -> Failure:

@@ -38,6 +38,7 @@ class Rank:
 
     def __init__(self, launch: Launch, connection: Connection) -> None:
         self._rank = launch.rank
+        self._local_rank = launch.local_rank
         self._world_size = launch.world_size
         self._connection = connection
         self._parked: deque[Frame] = deque()  # frames met while this rank waited for CONTINUE
@@ -74,7 +75,6 @@ class Rank:
                 load.batch_size,
                 self._local_device(load),
                 minserve.__version__,
-                load.limit_max_image_pixels,
             )
             handler = load_handler(Path(load.model_dir), load.handler, self._context)
         except (Exception, SystemExit) as error:
@@ -88,7 +88,7 @@ class Rank:
 
     def _local_device(self, load: Load) -> int | None:
         """Index of this rank's device among those its worker owns; all its ranks see the same mask."""
-        return self._rank if load.gpu else None
+        return self._local_rank if load.gpu else None
 
     # ── serve ──
 

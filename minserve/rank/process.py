@@ -62,8 +62,13 @@ def read_environment(environ: MutableMapping[str, str]) -> Launch:
 
 
 def redirect_output(launch: Launch) -> None:
-    """Puts this rank's own pipe in place of the stdout and stderr that all ranks inherited from torchrun."""
-    fifo = os.open(launch.output, os.O_WRONLY)
+    """Puts this rank's own pipe in place of the stdout and stderr that all ranks inherited from torchrun.
+
+    Raises:
+        OSError: nobody reads it: the server has died, and this rank must not wait for another one.
+    """
+    fifo = os.open(launch.output, os.O_WRONLY | os.O_NONBLOCK)
+    os.set_blocking(fifo, True)
     os.dup2(fifo, 1)
     os.dup2(fifo, 2)
     os.close(fifo)
@@ -110,13 +115,16 @@ def run_to_the_end(run: Callable[[], int]) -> int:
 def exit_when_the_server_is_gone(connection: socket.socket) -> None:
     """Watches the link in a thread of its own and ends the process when the server hangs up.
 
-    The parent-death signal does this, too. This is for the day it cannot: a server killed while torchrun lives on.
+    The parent-death signal does this for the rank itself, as soon as torchrun has died of the same. This thread is quicker,
+    for the kernel closes a dying server's sockets first, and takes along what the rank has started.
     """
     poll = select.poll()
     poll.register(connection.fileno(), select.POLLRDHUP)  # not POLLIN: the frames are the main thread's
 
     def watch() -> None:
         poll.poll()
+        if os.getpgid(0) == os.getpid():  # torchrun, and the server without it, make a rank the leader of its group
+            os.killpg(0, signal.SIGKILL)
         os._exit(1)
 
     threading.Thread(target=watch, name="minserve-hangup", daemon=True).start()

@@ -6,6 +6,7 @@ rank, so that the collectives between the steps stay paired.
 
 from __future__ import annotations
 
+import logging
 import re
 from typing import TYPE_CHECKING
 
@@ -14,7 +15,7 @@ from minserve.wire.frames import Kind
 from minserve.wire.messages import Answer, Answers
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable
+    from collections.abc import Callable, Mapping
 
     from minserve.rank.connection import Connection
     from minserve.rank.context import Context
@@ -22,6 +23,8 @@ if TYPE_CHECKING:
 
 # What would end a header early, and lone surrogates, which have no UTF-8.
 _UNSENDABLE = re.compile(r"[\r\n\0\ud800-\udfff]")
+
+logger = logging.getLogger(__name__)
 
 
 class Cancelled(BaseException):
@@ -75,21 +78,23 @@ class Stream:
             self.muted = True
             self._on_refused(refusal)
 
-    def send_some(self, chunks: object, indexes: Iterable[int]) -> None:
-        """One step with chunks for some requests of the batch, in the order of `indexes`."""
-        by_index: list[object] = [None] * self.count
-        indexes = list(indexes)
-        if (
-            isinstance(chunks, list | tuple)
-            and len(chunks) == len(indexes)
-            and all(i in range(self.count) for i in indexes)
-        ):
-            for index, chunk in zip(indexes, chunks, strict=True):
-                by_index[index] = chunk
-            self.send(by_index)
-        else:
+    def send_some(self, chunks: object, request_ids: Mapping[int, str]) -> None:
+        """One step with chunks for some requests of the batch, in the order of `request_ids`: {index: request id}.
+
+        A thread that an earlier batch has left behind is told by the ids: its chunks are for nobody here.
+        """
+        ids = self._context.request_ids or {}
+        if any(ids.get(index) != request_id for index, request_id in request_ids.items()):
+            logger.warning("dropped a chunk for requests that are not in this batch: %s", list(request_ids.values()))
+            return
+        if not isinstance(chunks, list | tuple) or len(chunks) != len(request_ids):
             self.step += 1
-            self._refuse(Refused(f"an intermediate response needs one chunk for each of the requests {indexes}"))
+            self._refuse(Refused(f"an intermediate response needs one chunk for each of {len(request_ids)} requests"))
+            return
+        by_index: list[object] = [None] * self.count
+        for index, chunk in zip(request_ids, chunks, strict=True):
+            by_index[index] = chunk
+        self.send(by_index)
 
     def send_items(self, items: list[tuple[int, object]]) -> None:
         """Sends the chunks there are. Status and headers are what the context says at this moment."""

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import logging
+import os
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from minserve.config.model import CONFIG_FILE
@@ -11,7 +13,6 @@ from minserve.errors import StartupError
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
-    from pathlib import Path
 
 logger = logging.getLogger(__name__)
 
@@ -47,7 +48,7 @@ def locate(store: Path, wanted: Sequence[str]) -> list[Location]:
             path = store / location  # an absolute location stands for itself
             if not path.is_dir():
                 raise StartupError(f"model {item}: no directory {path}")
-            locations.append(Location(path.resolve(), name or None))
+            locations.append(Location(Path(os.path.abspath(path)), name or None))
     return locations
 
 
@@ -62,7 +63,7 @@ def _all(store: Path) -> list[Location]:
         if not path.is_dir() or path.name.startswith((".", "__")):
             continue
         if _is_model(path):
-            locations.append(Location(path.resolve()))
+            locations.append(Location(Path(os.path.abspath(path))))
         else:
             logger.warning("%s: skipped, it has neither a %s nor a handler.py", path, CONFIG_FILE)
     return locations

@@ -114,7 +114,6 @@ class Load(Message):
     batch_size: int
     gpu: bool
     reply_done: bool
-    limit_max_image_pixels: bool = True
 
 
 class Part(Message):

@@ -195,9 +195,8 @@ class Broadcast:
         answers = self._answers(batch, frame)
         if len(answers) != len(batch.requests):
             raise WireError(f"REPLY with {len(answers)} answers to a batch of {len(batch.requests)}")
-        if (
-            batch.failures
-        ):  # another rank has raised: they are not at the same place, and this answer is not to be trusted
+        # Another rank has raised: they are not at the same place, and this answer is not to be trusted.
+        if batch.failures:
             self._break()
             return
         for request, (answer, body) in zip(batch.requests, answers, strict=True):
@@ -205,6 +204,8 @@ class Broadcast:
         self._finish(batch)
 
     def _chunk(self, batch: Outstanding, frame: Frame) -> None:
+        if batch.failures:
+            return  # nor is this chunk; whether the failure is in step is still open
         for answer, body in self._answers(batch, frame):
             batch.requests[answer.index].chunk(answer, body)
         batch.limit = self._limits.response_timeout
@@ -271,9 +272,8 @@ class Broadcast:
         """Whether every rank that must report has reported this same failure, and the group can go on after it."""
         if any(report.kind in ("collective", "device") for report in batch.failures.values()):
             return False
-        same = (failure.type_name, failure.place)
-        reports = [batch.failures.get(rank) for rank in failure.needs]
-        return all(report is not None and (report.type_name, report.place) == same for report in reports)
+        kinds = {(report.type_name, report.place) for report in batch.failures.values()}
+        return len(kinds) == 1 and batch.failures.keys() >= set(failure.needs)
 
     def _grace_over(self) -> None:
         if self.causes:

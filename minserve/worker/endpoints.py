@@ -46,14 +46,18 @@ def unix_endpoints(directory: Path, slot: int, world_size: int) -> Endpoints:
 
 def listen_unix(endpoints: Endpoints) -> list[socket.socket]:
     """Binds every path. A socket left there by an earlier incarnation of this worker is replaced."""
-    listeners = []
-    for address in endpoints.addresses:
-        path = address.removeprefix("unix:")
-        if os.path.lexists(path):
-            os.unlink(path)
-        listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-        listener.bind(path)
-        listeners.append(_listening(listener))
+    listeners: list[socket.socket] = []
+    try:
+        for address in endpoints.addresses:
+            path = address.removeprefix("unix:")
+            if os.path.lexists(path):
+                os.unlink(path)
+            listeners.append(socket.socket(socket.AF_UNIX, socket.SOCK_STREAM))
+            listeners[-1].bind(path)
+            _listening(listeners[-1])
+    except OSError:
+        close_all(listeners)
+        raise
     return listeners
 
 

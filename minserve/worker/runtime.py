@@ -98,7 +98,7 @@ class LiveServer:
 
 
 def live_servers(environ: Mapping[str, str]) -> list[LiveServer]:
-    """This user's servers that listen."""
+    """This user's servers that listen, among those started with the same XDG_RUNTIME_DIR."""
     servers = []
     for path in _own_directories(runtime_root(environ)):
         lock = _try_lock(path)

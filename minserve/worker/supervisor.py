@@ -165,6 +165,7 @@ class Supervisor:
 
     def _give_up(self, worker: Worker, error: WorkerFailed) -> None:
         self._given_up[worker] = error
+        worker.give_up()
         logger.error("%s: given up: %s", worker.who, error)
         if self.unhealthy is not None:
             self._dispatcher.refuse(ModelUnhealthy(f'Model "{self._spec.name}" is unhealthy: {error}'))

@@ -155,13 +155,15 @@ class Worker:
             await self._group.connect(min(options.accept_timeout, self._spec.startup_timeout))
             self._enter(State.LOADING)
             await self._group.load(max(0.0, began + self._spec.startup_timeout - loop.time()))
-        except NoDevicesError as error:
-            failure = WorkerFailed(str(error))
-            await self._fail(failure)
-            raise failure from None
         except WorkerFailed as error:
             await self._fail(error)
             raise
+        except Exception as error:  # no devices, no file descriptors, a full disk: a reason as good as any other
+            if not isinstance(error, NoDevicesError):
+                logger.exception("%s: unforeseen", self.who)
+            failure = WorkerFailed(f"{self.who}: {type(error).__name__}: {error}")
+            await self._fail(failure)
+            raise failure from None
         except BaseException:
             await self._end_group()
             self._release()
@@ -177,6 +179,10 @@ class Worker:
         error = await asyncio.shield(self._group.failed)
         await self._fail(error)
         return error
+
+    def give_up(self) -> None:
+        """FAILED for good: another worker may have the devices."""
+        self._release()
 
     async def stop(self, drain_timeout: float) -> None:
         """Lets what is in flight finish, then ends the group. In any state; STOPPED afterwards."""

@@ -49,12 +49,12 @@ def test_a_lazy_conjugate_is_resolved() -> None:
 
 
 def test_a_failure_arrives_with_all_it_says() -> None:
-    failure = StageError(3, "LookupError", "no ä: " + "x" * 5000, "/a/b.py:12", (0, 1))
+    failure = StageError(3, "LookupError", "no ä: " + "x" * 5000, "/a/b.py:12", (0, 1), 422)
     header, payload = pack_failure(failure, CPU)
     assert read_header(header).failed
     arrived = unpack_failure(payload, needs=(0, 1))
     assert (arrived.origin, arrived.type_name, arrived.place, arrived.needs) == (3, "LookupError", "/a/b.py:12", (0, 1))
-    assert arrived.text == failure.text[:4000]
+    assert (arrived.text, arrived.status) == (failure.text, 422)
 
 
 def test_what_is_no_header_says_that_the_ranks_have_lost_step() -> None:

@@ -74,21 +74,29 @@ def test_a_bad_chunk_is_reported_once_and_mutes_but_the_steps_go_on(bad: object)
         (["x"], [1], [(1, b"x")]),
         (["x", "y"], [2, 0], [(0, b"y"), (2, b"x")]),
         (["x", None], [2, 0], [(2, b"x")]),
-        (("x",), {1: "r1"}, [(1, b"x")]),
+        (("x",), [1], [(1, b"x")]),
     ],
 )
 def test_chunks_for_some_requests_go_to_those(chunks: object, indexes: list[int], sent: object) -> None:
     it = Streaming(count=3)
-    it.stream.send_some(chunks, indexes)
+    it.stream.send_some(chunks, {index: f"r{index}" for index in indexes})
     assert it.chunks == [sent]
 
 
-@pytest.mark.parametrize(
-    ("chunks", "indexes"), [(["x"], [3]), (["x"], [-1]), (["x", "y"], [0]), (["x"], [0, 1]), ("x", [0]), (None, [])]
-)
-def test_chunks_for_requests_that_are_not_there_are_refused(chunks: object, indexes: list[int]) -> None:
+@pytest.mark.parametrize("request_ids", [{3: "r3"}, {-1: "r2"}, {0: "r0", 1: "of an earlier batch"}])
+def test_chunks_of_a_thread_that_an_earlier_batch_left_behind_are_dropped(
+    request_ids: dict[int, str], caplog: pytest.LogCaptureFixture
+) -> None:
     it = Streaming(count=3)
-    it.stream.send_some(chunks, indexes)
+    it.stream.send_some(["late"] * len(request_ids), request_ids)
+    assert (it.refused, it.chunks, it.stream.step) == ([], [], 0)
+    assert "not in this batch" in caplog.text
+
+
+@pytest.mark.parametrize(("chunks", "indexes"), [(["x", "y"], [0]), (["x"], [0, 1]), ("x", [0]), (None, [])])
+def test_more_or_fewer_chunks_than_requests_are_refused(chunks: object, indexes: list[int]) -> None:
+    it = Streaming(count=3)
+    it.stream.send_some(chunks, {index: f"r{index}" for index in indexes})
     assert (len(it.refused), it.chunks, it.stream.step) == (1, [], 1)
 
 

@@ -39,7 +39,7 @@ EXAMPLES: list[Message] = [
     Loaded(1.5),
     Failure("own", "ValueError", "no ä", "/a.py:3", "Traceback …", 1, (0, 1), 418),
     Answers((Answer(0, 2, 404, "Not here", (("a", "b"), ("a", "c"))), Answer(3, 0)), step=9),
-    Load("m", "1.0", "/m", "handler.py:H", 8, True, False, False),
+    Load("m", "1.0", "/m", "handler.py:H", 8, True, False),
     Batch((REQUEST, RequestMeta("id-2", (), ())), grant=4),
     Step(2**40),
     Shutdown("drain"),
