@@ -2,7 +2,8 @@
 #
 #   PYTHON  the interpreter that makes the venv                  make test PYTHON=python3.12
 #   TORCH   another torch than the one of .ci/constraints.txt    make demo TORCH='torch==2.9.*'
-#   INDEX   another package index, say of CPU-only builds        make demo INDEX=<url>
+#   TORCH_INDEX  an index with another torch, say CPU-only       make demo TORCH_INDEX=<url>
+#   INDEX   another package index for everything                 make demo INDEX=<url>
 #   PORT    where `make demo` serves                             make demo PORT=9080
 #   ONCE    1: `make demo` ends after the answer                 make demo ONCE=1
 
@@ -10,11 +11,12 @@ PYTHON ?= python3
 VENV ?= .venv
 TORCH ?=
 INDEX ?=
+TORCH_INDEX ?=
 PORT ?= 8080
 ONCE ?=
 
 BIN := $(VENV)/bin
-PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet $(if $(INDEX),--index-url $(INDEX))
+PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet $(if $(INDEX),--index-url $(INDEX)) $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX))
 CONSTRAINTS := $(VENV)/constraints.txt
 HANDLERS := $(wildcard configs/models/*/handler.py)
 

@@ -124,6 +124,10 @@ def _detach(log_file: Path) -> None:
     from minserve.worker.runtime import live_servers
 
     arguments = [argument for argument in sys.argv[1:] if argument != "--detach"]
+    try:
+        log_file.open("ab").close()
+    except OSError as error:
+        _fail(f"--log-file {log_file}: {error.strerror}")
     with log_file.open("ab") as log:
         begin = log.tell()
         process = subprocess.Popen(
@@ -189,6 +193,8 @@ def status(
 
     if url is None:
         servers = live_servers(os.environ)
+        if len(servers) > 1:
+            _fail(f"several servers are running, choose one with --url: {', '.join(s.management for s in servers)}")
         url = servers[0].management if len(servers) == 1 else DEFAULT_MANAGEMENT_URL
     try:
         models = [_get(f"{url}/models/{name}/all") for name in _model_names(url)]

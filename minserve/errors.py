@@ -143,7 +143,7 @@ class WorkerFailed(MinServeError):
 
 
 class WorkerOutOfMemory(WorkerFailed):
-    """A rank was killed for memory."""
+    """A rank exited with the code that stands for an out-of-memory kill."""
 
     status = 507
 

@@ -30,6 +30,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 BACKLOG = 1024
+SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)  # SIGHUP: the terminal or the ssh session has gone
 
 
 class Server:
@@ -51,13 +52,13 @@ class Server:
         self.management_url = ""
 
     async def run(self) -> None:
-        """Serves until SIGTERM or SIGINT, then drains. May be told to stop in any state.
+        """Serves until SIGTERM, SIGINT or SIGHUP, then drains. May be told to stop in any state.
 
         Raises:
             StartupError: the server cannot start; no rank has been started then.
         """
         loop = asyncio.get_running_loop()
-        for number in (signal.SIGTERM, signal.SIGINT):
+        for number in SIGNALS:
             loop.add_signal_handler(number, self._stop.set)
         require_c_parser()
         inventory = read_devices(self._environ)
@@ -81,7 +82,7 @@ class Server:
             await self._shutdown()
         finally:
             runtime.remove()
-            for number in (signal.SIGTERM, signal.SIGINT):
+            for number in SIGNALS:
                 loop.remove_signal_handler(number)
                 signal.signal(number, signal.SIG_IGN)  # it ends already, and shall end in 0
 

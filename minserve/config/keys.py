@@ -51,8 +51,9 @@ def _no_repeats(ids: tuple[int, ...]) -> tuple[int, ...]:
     return ids
 
 
-Count = Annotated[int, Field(ge=1)]
-Whole = Annotated[int, Field(ge=0)]
+LARGEST = 2**31 - 1  # of a number that counts something, or milliseconds
+Count = Annotated[int, Field(ge=1, le=LARGEST)]
+Whole = Annotated[int, Field(ge=0, le=LARGEST)]
 Port = Annotated[int, Field(ge=1, le=65535)]
 Text = Annotated[str, Field(min_length=1, title="a string, not empty")]
 Seconds = Annotated[float, Field(ge=0, title="a number of seconds >= 0")]
@@ -143,9 +144,9 @@ class MinServeConfig(_Keys):
     socket_type: Literal["unix", "tcp"] = "unix"
     """Sockets between the server and the ranks. Default unix."""
     port: Port | None = None
-    """With socketType tcp: the port from which the search for free ones starts. Default: the server's."""
+    """With socketType tcp: the port from which the search for free ones starts. Default: 29500."""
     queue_timeout: Timeout | None = None
-    """Seconds that a request may wait in the queue. Default: responseTimeout."""
+    """Seconds by which the queue lengthens a request's deadline beyond responseTimeout. Default: responseTimeout."""
     first_batch_timeout: Timeout | None = None
     """responseTimeout of a worker's first batch, in seconds: it may compile. Default: 5 times responseTimeout."""
     error_grace: Seconds = 2.0

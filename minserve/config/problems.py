@@ -49,7 +49,7 @@ def describe_value(value: object) -> str:
         case bool():
             return f"{str(value).lower()} (a boolean)"
         case int():
-            return f"{value} (an integer)"
+            return f"{_shortened(str(value))} (an integer)"
         case float():
             return f"{value} (a float)"
         case str():

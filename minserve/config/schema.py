@@ -9,7 +9,7 @@ from pydantic import BaseModel
 from pydantic.json_schema import GenerateJsonSchema, JsonSchemaValue
 from pydantic_core import core_schema
 
-from minserve.config.keys import ModelConfig
+from minserve.config.keys import LARGEST, ModelConfig
 
 DIALECT = "https://json-schema.org/draft/2020-12/schema"
 
@@ -57,6 +57,8 @@ def _describe(schema: Mapping[str, object]) -> str:
             return " or ".join(_describe(choice) for choice in choices if isinstance(choice, Mapping))
         case {"enum": [*values]}:
             return " or ".join(json.dumps(value) for value in values)
+        case {"type": "integer", "minimum": low, "maximum": high} if high == LARGEST:
+            return f"an integer >= {low}"
         case {"type": "integer", "minimum": low, "maximum": high}:
             return f"an integer from {low} to {high}"
         case {"type": "integer"}:

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping
 
 from pydantic import AliasChoices, BaseModel, ValidationError
 
-from minserve.config.keys import MinServeConfig, ModelConfig, TorchrunConfig
+from minserve.config.keys import LARGEST, MinServeConfig, ModelConfig, TorchrunConfig
 from minserve.config.problems import Problem, describe_value
 from minserve.config.schema import allowed_values
 from minserve.config.yaml import YamlDocument, YamlPath
@@ -105,7 +105,10 @@ def _wrong_values(error: ValidationError, document: YamlDocument, data: Mapping[
     for detail in error.errors(include_url=False, include_context=False, include_input=False):
         path, value = _locate(data, detail["loc"])
         # Pydantic reports each choice of a union; what is allowed covers them all.
-        by_path[path] = document.problem(path, found=describe_value(value), allowed=_allowed(path))
+        allowed = _allowed(path)
+        if isinstance(value, int) and value > LARGEST:
+            allowed += f" and <= {LARGEST}"
+        by_path[path] = document.problem(path, found=describe_value(value), allowed=allowed)
     return list(by_path.values())
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 from typing import TYPE_CHECKING
 
@@ -21,7 +22,10 @@ RETRY_AFTER_S = 1
 
 def json_response(value: object, status: int = 200) -> web.Response:
     """A JSON answer as TorchServe writes them: two spaces, a newline at the end."""
-    body = msgspec.json.format(msgspec.json.encode(value), indent=2) + b"\n"
+    try:
+        body = msgspec.json.format(msgspec.json.encode(value), indent=2) + b"\n"
+    except UnicodeEncodeError:  # a file name that is no UTF-8, in a message about it
+        body = json.dumps(value, indent=2).encode() + b"\n"
     return web.Response(body=body, status=status, content_type=JSON)
 
 

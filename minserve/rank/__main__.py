@@ -21,6 +21,8 @@ def main() -> None:
     connection.hello(launch)
     process.exit_when_the_server_is_gone(connection.socket)
     code = process.run_to_the_end(Rank(launch, connection).run)
+    if connection.lost:
+        process.end_the_group()
     # The server shall see this rank's end as one event: its socket stays open until the kernel closes it.
     connection.socket.detach()
     sys.exit(code)

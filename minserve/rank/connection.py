@@ -31,6 +31,7 @@ class Connection:
 
     def __init__(self, connection: socket.socket) -> None:
         self.socket = connection
+        self.lost = False  # the server has closed the link
         self._poll = select.poll()
         self._poll.register(connection, select.POLLIN)
         self._reader = FrameReader(MAX_BATCH_BYTES, FROM_SERVER)
@@ -57,6 +58,7 @@ class Connection:
             except ConnectionError:
                 count = 0
             if not count:
+                self.lost = True
                 raise Disconnected
             self._frames.extend(self._reader.received(count))
         return self._frames.popleft()

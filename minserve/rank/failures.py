@@ -106,7 +106,10 @@ def is_collective(error: BaseException) -> bool:
 
 def _status(error: BaseException) -> int:
     """The HTTP status of a PredictionException, or of any exception that carries one as `error_code`."""
-    code = getattr(error, "error_code", 0)
+    try:
+        code = getattr(error, "error_code", 0)
+    except Exception:
+        return 0
     return int(code) if isinstance(code, int) and 400 <= code <= 599 else 0  # an HTTPStatus is an int
 
 

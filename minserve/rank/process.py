@@ -112,19 +112,24 @@ def run_to_the_end(run: Callable[[], int]) -> int:
         os._exit(code)
 
 
+def end_the_group() -> None:
+    """Ends this rank and what it has started, at once: the server is gone, and torchrun's death will not reach them."""
+    if os.getpgid(0) == os.getpid():  # torchrun, and the server without it, make a rank the leader of its group
+        os.killpg(0, signal.SIGKILL)
+    os._exit(1)
+
+
 def exit_when_the_server_is_gone(connection: socket.socket) -> None:
     """Watches the link in a thread of its own and ends the process when the server hangs up.
 
     The parent-death signal does this for the rank itself, as soon as torchrun has died of the same. This thread is quicker,
-    for the kernel closes a dying server's sockets first, and takes along what the rank has started.
+    for the kernel closes a dying server's sockets first, and so most often takes along what the rank has started.
     """
     poll = select.poll()
     poll.register(connection.fileno(), select.POLLRDHUP)  # not POLLIN: the frames are the main thread's
 
     def watch() -> None:
         poll.poll()
-        if os.getpgid(0) == os.getpid():  # torchrun, and the server without it, make a rank the leader of its group
-            os.killpg(0, signal.SIGKILL)
-        os._exit(1)
+        end_the_group()
 
     threading.Thread(target=watch, name="minserve-hangup", daemon=True).start()

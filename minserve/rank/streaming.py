@@ -21,8 +21,9 @@ if TYPE_CHECKING:
     from minserve.rank.context import Context
     from minserve.wire.messages import Buffer
 
-# What would end a header early, and lone surrogates, which have no UTF-8.
-_UNSENDABLE = re.compile(r"[\r\n\0\ud800-\udfff]")
+# What HTTP forbids in a header's value (RFC 9110, 5.5), and lone surrogates, which have no UTF-8; what a name is made of.
+_UNSENDABLE = re.compile(r"[\x00-\x08\x0a-\x1f\x7f\ud800-\udfff]")
+_TOKEN = re.compile(r"[A-Za-z0-9!#$%&'*+.^_`|~-]+")
 
 logger = logging.getLogger(__name__)
 
@@ -124,7 +125,7 @@ def encode(context: Context, index: int, value: object) -> tuple[Answer, Buffer]
     for name, text in headers:
         if not isinstance(name, str) or not isinstance(text, str):
             raise Refused(f"answer {index}: response header {name!r} must be text, it is of type {type(text).__name__}")
-        if not name or _UNSENDABLE.search(name + text) or any(c in name for c in ": \t") or not name.isascii():
+        if not _TOKEN.fullmatch(name) or _UNSENDABLE.search(text):
             raise Refused(f"answer {index}: bad response header {name!r}: {text!r}")
     return Answer(index, len(body), status, processor.phrase, headers), body
 

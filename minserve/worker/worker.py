@@ -159,9 +159,11 @@ class Worker:
             await self._fail(error)
             raise
         except Exception as error:  # no devices, no file descriptors, a full disk: a reason as good as any other
+            text = str(error)
             if not isinstance(error, NoDevicesError):
                 logger.exception("%s: unforeseen", self.who)
-            failure = WorkerFailed(f"{self.who}: {type(error).__name__}: {error}")
+                text = f"{self.who}: {type(error).__name__}: {error}"
+            failure = WorkerFailed(text)
             await self._fail(failure)
             raise failure from None
         except BaseException:

@@ -193,3 +193,28 @@ def test_a_rank_that_takes_no_more_batches_fails_its_worker() -> None:
         assert "has taken no batch for 2 s" in str(running.workers("bulky")[0]["lastError"])
         running.wait_until_ready("bulky")
         assert running.predict("bulky", body, headers=headers).body == b"1000000"
+
+
+def test_a_full_link_is_waited_for_and_nothing_is_lost() -> None:
+    """One link slowed down until it has no room: the worker waits for that rank, and then goes on."""
+    with server(MODELS / "bulky") as running:
+        running.wait_until_ready("bulky")
+        slow = running.pids("bulky")[1]
+        os.kill(slow, signal.SIGSTOP)
+        headers = {"Content-Type": "application/octet-stream"}
+        answers: dict[int, Answer] = {}
+
+        def send(size: int) -> None:
+            answers[size] = running.predict("bulky", b"x" * size, headers=headers)
+
+        threads = [threading.Thread(target=send, args=(1_000_000 + number,)) for number in range(6)]
+        for thread in threads:
+            thread.start()
+        until(lambda: running.describe("bulky")["jobQueueStatus"] != {"remainingCapacity": 100, "pendingRequests": 0})
+        os.kill(slow, signal.SIGCONT)
+        for thread in threads:
+            thread.join(20)
+        assert {size: answer.body for size, answer in answers.items()} == {
+            1_000_000 + number: str(1_000_000 + number).encode() for number in range(6)
+        }
+        assert running.restarts("bulky") == 0

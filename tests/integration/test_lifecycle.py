@@ -146,6 +146,19 @@ def test_a_killed_server_takes_its_ranks_along_and_the_next_one_starts() -> None
             shutil.rmtree(running.runtime / "store")  # nothing but the store and the log may be left for the fixture
 
 
+@pytest.mark.parametrize("moment", [0.3, 0.6, 0.9, 1.2])
+def test_a_server_killed_in_the_middle_of_a_start_leaves_no_rank(moment: float) -> None:
+    with server(DEMO_MODELS / "echo-tp", started=False) as running:
+        until(lambda: "inference on" in running.log, 30)
+        family: dict[int, psutil.Process] = {}
+        deadline = time.monotonic() + moment  # the moments are spread over what torchrun and the ranks do at start
+        while time.monotonic() < deadline:
+            family |= {one.pid: one for one in running.family()}
+        running.process.kill()
+        running.process.wait()
+        until(lambda: gone(list(family.values())), 3.0, "the end of all")
+
+
 def test_two_servers_of_one_user_do_not_meet() -> None:
     with server(DEMO_MODELS / "echo") as first:
         shared = {"XDG_RUNTIME_DIR": str(first.runtime)}

@@ -171,6 +171,7 @@ BAD_VALUES = [
     ("minWorkers: 0", "minWorkers", "0 (an integer)", INTEGER),
     ('minWorkers: "4"', "minWorkers", '"4" (a string)', INTEGER),
     ("maxWorkers: 4.0", "maxWorkers", "4.0 (a float)", INTEGER),
+    ("batchSize: 3000000000", "batchSize", "3000000000 (an integer)", INTEGER + " and <= 2147483647"),
     ("batchSize: true", "batchSize", "true (a boolean)", INTEGER),
     ("batchSize: [1]", "batchSize", "[1] (a list)", INTEGER),
     ("batchSize: {a: 1}", "batchSize", "a map", INTEGER),

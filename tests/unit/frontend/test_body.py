@@ -127,3 +127,13 @@ async def test_a_compressed_body_is_not_blown_up(rig: Rig) -> None:
     async with rig.inference.post("/predictions/m", data=b"\x1f\x8b", headers={"Content-Encoding": "gzip"}) as response:
         assert response.status == 200
     assert rig.lane.parts()[0][2] == b"\x1f\x8b"
+
+
+async def test_a_field_name_without_end_is_refused(rig: Rig, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Names travel in a frame's meta, where sixteen long ones of a batch would end the worker."""
+    monkeypatch.setattr("minserve.frontend.body.MAX_NAME", 100)
+    name = "n" * 101
+    for content_type, body in ((FORM, f"{name}=1".encode()), (MULTIPART, multipart((named(name), b"1")))):
+        async with rig.inference.post("/predictions/m", data=body, headers={"Content-Type": content_type}) as response:
+            assert response.status == 400
+            assert "101 characters, at most 100" in await response.text()

@@ -91,6 +91,17 @@ async def test_a_handlers_header_cannot_break_the_framing_of_its_stream(
     assert head.lower().count(b"transfer-encoding: chunked") == 1
 
 
+async def test_a_stream_whose_status_allows_no_body_sends_none(rig: Rig, held: list[Request]) -> None:
+    """Its bytes would be taken for the beginning of the next answer on the connection."""
+    one = b"POST /predictions/m HTTP/1.1\r\nHost: x\r\nContent-Length: 0\r\nConnection: close\r\n\r\n"
+    post = asyncio.create_task(rig.raw(one))
+    await until(lambda: held)
+    held[0].chunk(Answer(0, 3, 204), b"one")
+    held[0].answer(Answer(0, 0), b"")
+    status, _, rest = await post
+    assert (status, rest) == (204, b"")
+
+
 async def test_a_client_that_leaves_mutes_its_stream_and_nothing_is_logged(
     rig: Rig, held: list[Request], caplog: pytest.LogCaptureFixture
 ) -> None:

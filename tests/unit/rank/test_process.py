@@ -68,6 +68,12 @@ def test_a_missing_variable_is_named(name: str) -> None:
         read_environment(environ)
 
 
+def test_a_rank_does_not_wait_for_a_server_that_is_gone(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "output.0")
+    with pytest.raises(OSError, match="No such device"):
+        redirect_output(read_environment(environment(MINSERVE_OUTPUT=str(tmp_path / "output"), LOCAL_RANK="0")))
+
+
 def test_stdout_and_stderr_go_to_the_ranks_own_pipe(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     output = tmp_path / "output.0"
     output.touch()

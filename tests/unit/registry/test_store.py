@@ -33,6 +33,12 @@ def test_every_model_directory_of_the_store_is_served_by_name(store: Path, caplo
     assert caplog.messages == [f"{store}/notes: skipped, it has neither a model-config.yaml nor a handler.py"]
 
 
+def test_a_link_in_the_store_is_served_under_its_own_name(store: Path) -> None:
+    (store / "current").symlink_to(store / "b")
+    assert ("store/current", None) in shown(store, ["all"])
+    assert shown(store, ["current"]) == [("store/current", None)]
+
+
 @pytest.mark.parametrize(
     ("wanted", "found"),
     [

@@ -616,3 +616,23 @@ async def test_an_answer_behind_another_ranks_exception_is_not_sent() -> None:
     group.reply(1, b"whatever rank 0 made of it")
     assert not client.reply.done()
     assert [cause.rank for cause in group.broken] == [1]
+
+
+@pytest.mark.parametrize("order", [(0, 1), (1, 0)])
+async def test_two_different_failures_are_never_in_step_whichever_comes_last(order: tuple[int, int]) -> None:
+    """Rank 0 reports what a pipeline passed on and would do by itself; rank 1 has raised something of its own."""
+    reports = {0: failure(type_name="KeyError", needs=(0,)), 1: failure(type_name="ValueError")}
+    group = Group()
+    group.send(b"a")
+    for rank in order:
+        group.error(rank, 1, reports[rank])
+    assert [cause.rank for cause in group.broken] == [1]
+    assert group.continued(0) == ([1] if order == (0, 1) else [])
+
+
+async def test_a_chunk_behind_another_ranks_exception_is_not_sent() -> None:
+    group = Group()
+    (client,) = group.send(b"a")
+    group.error(1, 1, failure(origin=1))
+    group.chunk(1, (0, b"x"))
+    assert not client.reply.done()

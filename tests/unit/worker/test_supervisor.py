@@ -109,7 +109,7 @@ class FakeWorker:
         self.number = number
         self.who = f"m/{number}"
         self.starts = self.ready = 0
-        self.served = False
+        self.served = self.given_up = False
         self.stopped: list[float] = []
         self.end: asyncio.Future[WorkerFailed] = asyncio.get_running_loop().create_future()
         FakeWorker.made.append(self)
@@ -136,6 +136,9 @@ class FakeWorker:
 
     async def stop(self, drain_timeout: float) -> None:
         self.stopped.append(drain_timeout)
+
+    def give_up(self) -> None:
+        self.given_up = True
 
 
 class Setup:

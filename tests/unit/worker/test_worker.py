@@ -224,13 +224,15 @@ async def test_without_devices_a_start_fails_and_says_who_has_them() -> None:
     assert FakeGroup.made == []
 
 
-async def test_what_nobody_foresaw_leaves_no_process_and_no_devices_behind() -> None:
+async def test_what_nobody_foresaw_leaves_no_process_behind_and_is_a_reason_too() -> None:
     setup = Setup()
     FakeGroup.failing = {"connect": OSError("too many open files")}
-    with pytest.raises(OSError, match="too many"):
+    with pytest.raises(WorkerFailed, match="m/0: OSError: too many"):
         await setup.worker.start()
     assert setup.group.calls[-1] == "kill"
-    assert setup.state() is State.STOPPED
+    assert setup.state() is State.FAILED
+    assert "too many open files" in setup.worker.report().last_error
+    setup.worker.give_up()
     assert setup.devices_are_free
 
 
