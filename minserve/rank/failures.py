@@ -47,10 +47,27 @@ class StageError(Exception):
         self.status = status
 
 
-def describe(error: BaseException, rank: int, world_size: int) -> Failure:
+def issued_collectives() -> int:
+    """How many collectives this process has issued, over all its groups; 0 while there is none.
+
+    torch counts them for its own checks. Without that count, in a torch to come, type and place of a failure alone tell.
+    """
+    dist = sys.modules.get("torch.distributed")
+    if dist is None:
+        return 0
+    try:
+        if not dist.is_initialized():
+            return 0
+        return sum(group._get_sequence_number_for_group() for group in dist.distributed_c10d._world.pg_map)
+    except Exception:
+        return 0
+
+
+def describe(error: BaseException, rank: int, world_size: int, collectives: int = 0) -> Failure:
     """An exception as the server needs it.
 
-    Ranks that fail alike report the same type and place; by that the server knows them to be in step.
+    Ranks that fail alike report the same type and place after the same number of collectives; by that the server knows them
+    to be in step.
     """
     trace = _sendable("".join(traceback.format_exception(error))[-MAX_TRACEBACK:])
     if isinstance(error, StageError):
@@ -64,6 +81,7 @@ def describe(error: BaseException, rank: int, world_size: int) -> Failure:
         origin=rank,
         needs=tuple(range(world_size)),
         status=_status(error),
+        collectives=collectives,
     )
 
 

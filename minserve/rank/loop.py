@@ -18,7 +18,7 @@ from minserve.rank import progress, streaming
 from minserve.rank.connection import Disconnected
 from minserve.rank.context import Context
 from minserve.rank.data import Refused, check_answers, decode_batch
-from minserve.rank.failures import describe
+from minserve.rank.failures import describe, issued_collectives
 from minserve.rank.loading import Handler, load_handler
 from minserve.rank.streaming import Stream
 from minserve.wire.frames import Kind
@@ -115,6 +115,7 @@ class Rank:
         )
         data = decode_batch(batch, frame.body)
         streaming.set_current(stream)
+        before = issued_collectives()
         try:
             answers = handler.handle(data, self._context)
             if inspect.isgenerator(answers):
@@ -123,7 +124,8 @@ class Rank:
         except Refused as refusal:
             self._report(Failure("refused", "", str(refusal), "", "", self._rank, ()), frame.seq)
         except Exception as error:
-            self._report(describe(error, self._rank, self._world_size), frame.seq)
+            issued = issued_collectives() - before
+            self._report(describe(error, self._rank, self._world_size, issued), frame.seq)
             self._wait_for_continue(frame.seq)
         finally:
             streaming.set_current(None)

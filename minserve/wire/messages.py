@@ -65,6 +65,7 @@ class Failure(Message):
         origin: rank that raised first; another than the sender when a pipeline passed the failure on.
         needs: ranks that must report the same failure before it counts as ordinary.
         status: HTTP status that the handler asked for with its exception; 0: none.
+        collectives: how many this rank had issued in the batch when it raised.
     """
 
     kind: str
@@ -75,6 +76,7 @@ class Failure(Message):
     origin: int
     needs: tuple[int, ...]
     status: int = 0
+    collectives: int = 0
 
 
 class Answer(Message):

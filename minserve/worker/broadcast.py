@@ -272,7 +272,8 @@ class Broadcast:
         """Whether every rank that must report has reported this same failure, and the group can go on after it."""
         if any(report.kind in ("collective", "device") for report in batch.failures.values()):
             return False
-        kinds = {(report.type_name, report.place) for report in batch.failures.values()}
+        # The same line may be in a loop with a collective: the ranks are in step only if they went round as often.
+        kinds = {(report.type_name, report.place, report.collectives) for report in batch.failures.values()}
         return len(kinds) == 1 and batch.failures.keys() >= set(failure.needs)
 
     def _grace_over(self) -> None:

@@ -71,6 +71,7 @@ def test_a_failure_in_step_costs_one_request_and_no_restart(
             '{"do": "fail", "ranks": [0], "own_text": 1}', 503, ["rank 0", "told to fail on rank 0"], id="raise-0"
         ),
         pytest.param('{"do": "fail_each", "ranks": [0, 1]}', 503, ["rank", "own"], id="raise-different"),
+        pytest.param('{"do": "shift"}', 503, ["rank", "share out of range"], id="raise-shifted"),
         pytest.param('{"do": "hang", "ranks": [1]}', 504, ["did not finish batch", "within 3 s"], id="hang-1"),
         pytest.param('{"do": "leave", "ranks": [1], "code": 7}', 503, ["rank 1", "exited with code 7"], id="exit-7"),
         pytest.param('{"do": "leave", "ranks": [1]}', 503, ["rank 1", "exited with code 0"], id="exit-0"),

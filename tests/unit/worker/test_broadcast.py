@@ -636,3 +636,14 @@ async def test_a_chunk_behind_another_ranks_exception_is_not_sent() -> None:
     group.error(1, 1, failure(origin=1))
     group.chunk(1, (0, b"x"))
     assert not client.reply.done()
+
+
+async def test_the_same_line_after_another_number_of_collectives_is_not_in_step() -> None:
+    group = Group()
+    group.send(b"a")
+    for rank in (0, 1):
+        report = failure(origin=rank)
+        report.collectives = rank
+        group.error(rank, 1, report)
+    assert len(group.broken) == 1
+    assert group.continued(0) == []

@@ -20,6 +20,8 @@ class Faulty(BaseHandler):
         order = json.loads(data[0]["body"])
         if self.rank in order.get("ranks", []):
             getattr(self, order["do"])(order)
+        if order.get("do") == "shift":
+            return self.shift()
         total = torch.tensor([float(order.get("value", 1))])
         dist.all_reduce(total)
         if self.rank in order.get("after", []):
@@ -32,6 +34,13 @@ class Faulty(BaseHandler):
 
     def fail(self, order):
         raise ValueError(f"told to fail on rank {self.rank}" if order.get("own_text") else "told to fail")
+
+    def shift(self):
+        """Raises at one line on both ranks, but on rank 1 behind one more collective that nobody waits for."""
+        for step in range(2):
+            if step == self.rank:
+                raise ValueError("share out of range")
+            dist.all_reduce(torch.ones(1), async_op=True)
 
     def fail_each(self, order):
         if self.rank == 0:
