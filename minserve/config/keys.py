@@ -7,14 +7,12 @@ integers, where TorchServe silently takes its default instead.
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
 from enum import StrEnum
 from typing import Annotated, Literal
 
 from pydantic import AfterValidator, AliasChoices, AliasGenerator, BaseModel, BeforeValidator, ConfigDict, Field
 from pydantic import WithJsonSchema as Schema
 from pydantic.alias_generators import to_camel
-from pydantic.json_schema import SkipJsonSchema
 
 from minserve.errors import ConfigError
 
@@ -224,8 +222,6 @@ class ModelConfig(_Keys):
     """A virtual environment for the model. Default false. Understood, not yet acted on."""
     minserve: MinServeConfig = Field(default_factory=MinServeConfig)
     """minserve's own options."""
-    raw: SkipJsonSchema[Mapping[str, object]] = Field(default_factory=dict, exclude=True, repr=False)
-    """The whole file as it was read, the author's sections included: the handler's `context.model_yaml_config`."""
 
     @property
     def is_parallel(self) -> bool:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from minserve.config.keys import Count, Timeout
+from minserve.config.keys import Count, Text, Timeout
 from minserve.config.problems import Problem, describe_value, raise_errors
 from minserve.config.schema import allowed_values
 from minserve.config.yaml import read_yaml
@@ -19,7 +19,6 @@ if TYPE_CHECKING:
     from minserve.config.yaml import YamlDocument
 
 ListenPort = Annotated[int, Field(ge=0, le=65535, title="an integer from 0 to 65535; 0 picks a free port")]
-Text = Annotated[str, Field(min_length=1, title="a string, not empty")]
 
 
 class ServerOptions(BaseModel):

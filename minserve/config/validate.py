@@ -36,7 +36,7 @@ def validate(document: YamlDocument, data: Mapping[str, object]) -> tuple[ModelC
         config = ModelConfig.model_validate(values)
     except ValidationError as error:
         return None, problems + _wrong_values(error, document, data)
-    return config.model_copy(update={"raw": data}), problems
+    return config, problems
 
 
 def _spellings(model: type[BaseModel]) -> dict[str, str]:
@@ -45,8 +45,7 @@ def _spellings(model: type[BaseModel]) -> dict[str, str]:
     for field in model.model_fields.values():
         alias = field.validation_alias
         keys = alias.choices if isinstance(alias, AliasChoices) else [alias]
-        if not field.exclude:
-            spellings.update({str(key): str(keys[0]) for key in keys})
+        spellings.update({str(key): str(keys[0]) for key in keys})
     return spellings
 
 

@@ -98,10 +98,6 @@ class Dispatcher:
     def refuse(self, error: MinServeError) -> None:
         """From now on no request is admitted, and those that wait are answered: `error` says why."""
         self._refusal = error
-        self.fail_queued(error)
-
-    def fail_queued(self, error: MinServeError) -> None:
-        """Answers every request that waits with an error."""
         queue, self._queue = self._queue, deque()
         for request in queue:
             request.fail(error)

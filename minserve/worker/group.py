@@ -278,6 +278,7 @@ class RankGroup:
             logger.info("%s rank %d: %s", self._who, link.rank, self.stage(link.rank))
         elif frame.kind is Kind.LOADED:
             self._loaded[link.rank] = unpack(Loaded, frame.meta)
+            logger.debug("%s rank %d: loaded in %.1f s", self._who, link.rank, self._loaded[link.rank].seconds)
             if len(self._loaded) == self._spec.world_size:
                 self._all_loaded.set()
         elif frame.kind is Kind.FAILED:

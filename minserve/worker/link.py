@@ -53,11 +53,6 @@ class Link(asyncio.BufferedProtocol):
         if not self.closed:
             self._transport.writelines(pieces)
 
-    @property
-    def unsent(self) -> int:
-        """Bytes the socket has not taken yet."""
-        return 0 if self._transport is None or self.closed else self._transport.get_write_buffer_size()
-
     def close(self) -> None:
         """Ends the connection without waiting for what is unsent. `on_lost` is not called for it."""
         if not self.closed:

@@ -61,17 +61,6 @@ async def test_a_refusal_answers_those_that_wait_and_those_that_come_but_none_un
     assert await bodies([a]) == "a"
 
 
-@pytest.mark.asyncio
-async def test_failing_the_queued_keeps_the_door_open() -> None:
-    rig = Rig(lanes=0)
-    (a,) = await rig.submit("a")
-    rig.dispatcher.fail_queued(ModelUnhealthy("not now"))
-    with pytest.raises(ModelUnhealthy):
-        await a
-    await rig.submit("b")
-    assert rig.dispatcher.queued == 1
-
-
 # ── when a batch is cut ──
 
 
