@@ -35,6 +35,8 @@ class MinServeError(Exception):
     status: int = 500
     type_name: str = "InternalServerException"
     retryable: bool = False
+    retry_after: float | None = None
+    """Seconds after which it makes sense to try again, where the raiser knows; the frontend rounds up."""
 
 
 class ConfigError(MinServeError):

@@ -159,6 +159,24 @@ class MinServeConfig(_Keys):
     """Seconds of a worker in READY after which its back-off starts anew. Default 60."""
     backoff: Backoff = (0.0, 1.0, 2.0, 3.0, 5.0, 8.0, 13.0, 21.0, 34.0, 55.0)
     """Seconds before each restart in a row of a failed worker; the last one repeats. Default 0, 1, 2, 3, 5 ... 55."""
+    stall_timeout: Seconds = 10.0
+    """Seconds that a rank may be stopped, or without a heartbeat, before its worker fails. The heartbeat stands still while
+    C code holds the GIL. Not while loading, not in a worker's first batch. Default 10; 0: never."""
+    stream_ahead: Count = 8
+    """Steps of a stream that the ranks may be ahead of what the server has received. Default 8."""
+    stream_buffer: Count = 1024 * 1024
+    """Bytes of a stream that wait for one client; with more the ranks pause, all at the same step. Default 1048576."""
+    stream_stall_timeout: Timeout = 30.0
+    """Seconds for which a client of a stream may take no byte before it counts as gone. Default 30."""
+    retry_in_flight: Whole = 0
+    """How often a request that was in flight when its worker failed is sent to a worker again, alone in its batch. Only for
+    handlers that may see a request twice. Default 0."""
+    probe_interval: Seconds = 0.0
+    """Seconds without a batch after which an idle worker runs the handler's `probe()`. Default 0: only at the start."""
+    scale_up_wait: Timeout = 1.0
+    """Seconds that the oldest request waits before another worker is started, up to maxWorkers. Default 1."""
+    scale_down_idle: Timeout = 60.0
+    """Seconds for which a worker above minWorkers has nothing to do before it is drained. Default 60."""
 
     @property
     def handler_file(self) -> str:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from minserve.config.keys import Count, Text, Timeout
+from minserve.config.keys import Count, Seconds, Text, Timeout, Whole
 from minserve.config.problems import Problem, describe_value, raise_errors
 from minserve.config.schema import allowed_values
 from minserve.config.yaml import read_yaml
@@ -49,6 +49,26 @@ class ServerOptions(BaseModel):
     """jobQueueSize of a model that sets none. Default 100."""
     max_request_size: Count = 6_553_500
     """Largest request body in bytes; a larger one gets a 413. Default 6553500."""
+    max_in_flight_bytes: Count = 256 * 1024 * 1024
+    """Bytes of request bodies in the server at one time, of all models; a request that would exceed them gets a 503. Default
+    268435456."""
+    max_connections: Count = 4096
+    """Open client connections on each port; one more gets a 503. Default 4096."""
+    header_timeout: Timeout = 30.0
+    """Seconds for a request's head to arrive, from the connection's start or the head's first byte. Default 30."""
+    body_timeout: Timeout = 120.0
+    """Seconds for a request's body to arrive after its head. Default 120."""
+    keepalive_timeout: Timeout = 75.0
+    """Seconds for which a connection without a request stays open. Default 75."""
+    shutdown_delay: Seconds = 0.0
+    """Seconds between the signal to stop and the drain: /readyz says 503 already, requests are still served, so that a
+    balancer can notice. Default 0."""
+    reload: bool = False
+    """Reload a model, without a failed request, when a file of its directory changes. For development. Default false."""
+    log_max_bytes: Whole = 100 * 1024 * 1024
+    """Bytes after which a log file (`--log-file`) is set aside for a new one; 0: never. Default 104857600."""
+    log_files: Count = 5
+    """Log files that are set aside before the oldest is removed. Default 5."""
     log_level: Literal["debug", "info", "warning", "error"] = "info"
     """Log level of the server; debug reaches the ranks, too. Default info."""
 

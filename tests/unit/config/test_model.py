@@ -108,6 +108,14 @@ minserve:
   exitTimeout: 1
   stablePeriod: 2
   backoff: [0.1, 2]
+  stallTimeout: 0
+  streamAhead: 4
+  streamBuffer: 1000
+  streamStallTimeout: 3
+  retryInFlight: 1
+  probeInterval: 5
+  scaleUpWait: 0.5
+  scaleDownIdle: 10
 handler: {model_path: weights, profile: true}
 pippy: {chunks: 1}
 pt2: inductor
@@ -299,8 +307,8 @@ def test_a_misspelled_key(read: Read, text: str, key: str, meant: str) -> None:
         ("raw: 3", ["raw: found an unknown key"]),
         ("acceptTimeout: 3", ["acceptTimeout: found an unknown key", "did you mean minserve: {acceptTimeout: ...}?"]),
         (
-            "minserve: {stallTimeout: 3}",
-            ["minserve.stallTimeout: found an unknown key", "one of acceptTimeout, backoff"],
+            "minserve: {turboMode: 3}",
+            ["minserve.turboMode: found an unknown key", "one of acceptTimeout, backoff"],
         ),
         ("minserve: {1: 3}", ["minserve.1: found an unknown key"]),
         (
