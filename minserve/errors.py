@@ -134,14 +134,17 @@ class WorkerFailed(MinServeError):
     Args:
         message: names model, worker, rank and cause.
         last_lines: what the rank printed last: for the log and for operators, never for clients.
+        load_error: when a handler raised while it was loaded: type, text and place, without what differs from start to
+            start. Three alike in a row are a crash loop.
     """
 
     status = 503
     retryable = True
 
-    def __init__(self, message: str, last_lines: tuple[str, ...] = ()) -> None:
+    def __init__(self, message: str, last_lines: tuple[str, ...] = (), load_error: str = "") -> None:
         super().__init__(message)
         self.last_lines = last_lines
+        self.load_error = load_error
 
 
 class WorkerOutOfMemory(WorkerFailed):

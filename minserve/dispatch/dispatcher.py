@@ -93,6 +93,11 @@ class Dispatcher:
         """How many more may wait."""
         return max(0, self._queue_limit - len(self._queue))
 
+    @property
+    def oldest_wait(self) -> float:
+        """Seconds that the oldest request in the queue has waited, 0 when it is empty."""
+        return self._clock.time() - self._queue[0].arrived if self._queue else 0.0
+
     # ── for the supervisor and the workers ──
 
     def refuse(self, error: MinServeError) -> None:
@@ -101,6 +106,15 @@ class Dispatcher:
         queue, self._queue = self._queue, deque()
         for request in queue:
             request.fail(error)
+
+    def admit(self) -> None:
+        """Requests are admitted again after `refuse`."""
+        self._refusal = None
+
+    def configure(self, batch_size: int, max_delay: float, queue_limit: int) -> None:
+        """Takes over changed options; what waits already stays."""
+        self._batch_size, self._max_delay, self._queue_limit = batch_size, max_delay, queue_limit
+        self.wake()
 
     def attach(self, lane: Lane) -> None:
         """A worker is ready for batches."""
