@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import sys
 
-from minserve.rank import process
+from minserve.rank import process, vitals
 from minserve.rank.connection import Connection
 from minserve.rank.loop import Rank
 
@@ -18,9 +18,10 @@ def main() -> None:
     process.configure_logging(launch)
     # Connect before anything imports torch: that takes seconds, and the server would rather know at once that we live.
     connection = Connection(process.connect(launch))
+    slot = vitals.show(launch)  # before HELLO: from then on the server may ask for stacks
     connection.hello(launch)
     process.exit_when_the_server_is_gone(connection.socket)
-    code = process.run_to_the_end(Rank(launch, connection).run)
+    code = process.run_to_the_end(Rank(launch, connection, slot).run)
     if connection.lost:
         process.end_the_group()
     # The server shall see this rank's end as one event: its socket stays open until the kernel closes it.

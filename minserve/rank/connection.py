@@ -64,16 +64,29 @@ class Connection:
         return self._frames.popleft()
 
     def send(self, kind: Kind, message: Message, seq: int = 0) -> None:
-        """Sends a frame without a body."""
-        with self._sending:
-            self.socket.sendall(pack(kind, message, seq))
+        """Sends a frame without a body.
+
+        Raises:
+            Disconnected: the server has closed the link.
+        """
+        self._send([pack(kind, message, seq)])
 
     def send_with_body(self, kind: Kind, message: Message, bodies: list[Buffer], seq: int) -> None:
-        """Sends a frame with a body in pieces, which are not joined."""
-        pieces = pack_with_body(kind, message, bodies, seq)
+        """Sends a frame with a body in pieces, which are not joined.
+
+        Raises:
+            Disconnected: the server has closed the link.
+        """
+        self._send(pack_with_body(kind, message, bodies, seq))
+
+    def _send(self, pieces: list[Buffer]) -> None:
         with self._sending:
-            for start in range(0, len(pieces), MAX_PIECES):
-                self._send_all(pieces[start : start + MAX_PIECES])
+            try:
+                for start in range(0, len(pieces), MAX_PIECES):
+                    self._send_all(pieces[start : start + MAX_PIECES])
+            except ConnectionError:
+                self.lost = True
+                raise Disconnected from None
 
     def _send_all(self, pieces: list[Buffer]) -> None:
         sent = self.socket.sendmsg(pieces)

@@ -58,7 +58,10 @@ def issued_collectives() -> int:
     try:
         if not dist.is_initialized():
             return 0
-        return sum(group._get_sequence_number_for_group() for group in dist.distributed_c10d._world.pg_map)
+        groups = list(
+            dist.distributed_c10d._world.pg_map
+        )  # the heartbeat's thread asks, too, while the handler makes groups
+        return sum(group._get_sequence_number_for_group() for group in groups)
     except Exception:
         return 0
 

@@ -37,11 +37,13 @@ class Handler:
     Attributes:
         handle: called with `data` and the context for each batch.
         close: called once at the end; does nothing where the handler offers none.
+        probe: says whether this rank is healthy; None where the handler offers none.
     """
 
-    def __init__(self, handle: Callable[..., object], close: Callable[[], object]) -> None:
+    def __init__(self, handle: Callable[..., object], owner: object) -> None:
         self.handle = handle
-        self.close = close
+        self.close: Callable[[], object] = getattr(owner, "close", _nothing)
+        self.probe = _find_probe(owner)
 
 
 def load_handler(model_dir: Path, reference: str, context: Context) -> Handler:
@@ -64,7 +66,7 @@ def load_handler(model_dir: Path, reference: str, context: Context) -> Handler:
         return _initialize(target, file, context)
     _refuse_async(target, file)
     _initialize_function(target, context)
-    return Handler(target, getattr(module, "close", _nothing))
+    return Handler(target, module)
 
 
 def _import(path: Path) -> ModuleType:
@@ -101,6 +103,21 @@ def _find(module: ModuleType, file: str, name: str) -> Callable[..., object]:
     return handlers[0]
 
 
+def _find_probe(owner: object) -> Callable[[], object] | None:
+    """A handler written for TorchServe may have something else of this name: what needs arguments is not ours to call."""
+    probe = getattr(owner, "probe", None)
+    if not callable(probe):
+        return None
+    try:
+        inspect.signature(probe).bind()
+    except (TypeError, ValueError) as error:
+        logger.warning(
+            "`probe` is not taken as the handler's own check, for it cannot be called without arguments: %s", error
+        )
+        return None
+    return probe  # type: ignore[no-any-return]  # callable() narrows it as far as it goes
+
+
 def _initialize(kind: type, file: str, context: Context) -> Handler:
     if not callable(getattr(kind, "handle", None)):
         raise HandlerError(f"class {kind.__name__} in {file} has no method `handle`")
@@ -109,7 +126,7 @@ def _initialize(kind: type, file: str, context: Context) -> Handler:
     handler: _HandlerClass = kind()
     if callable(getattr(handler, "initialize", None)):
         handler.initialize(context)
-    return Handler(handler.handle, getattr(handler, "close", _nothing))
+    return Handler(handler.handle, handler)
 
 
 def _initialize_function(handle: Callable[..., object], context: Context) -> None:

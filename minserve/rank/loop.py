@@ -7,49 +7,60 @@ import inspect
 import logging
 import sys
 import time
-from collections import deque
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import yaml
 
 import minserve
-from minserve.rank import progress, streaming
+from minserve.rank import progress, streaming, threads
 from minserve.rank.connection import Disconnected
 from minserve.rank.context import Context
 from minserve.rank.data import Refused, check_answers, decode_batch
 from minserve.rank.failures import describe, issued_collectives
+from minserve.rank.inbox import Inbox
 from minserve.rank.loading import Handler, load_handler
-from minserve.rank.streaming import Stream
-from minserve.wire.frames import Kind
+from minserve.rank.streaming import Cancelled, Stream
+from minserve.wire.frames import PROBE, Kind
 from minserve.wire.messages import Answer, Answers, Batch, Failure, Load, Loaded, Progress, unpack
 
 if TYPE_CHECKING:
     from minserve.rank.connection import Connection
     from minserve.rank.process import Launch
+    from minserve.wire.board import Slot
     from minserve.wire.frames import Frame
     from minserve.wire.messages import Buffer
 
 logger = logging.getLogger(__name__)
 
 
-class Rank:
-    """One rank of a worker, after its HELLO."""
+class ProbeFailed(Exception):
+    """The handler's probe says that this rank is not healthy."""
 
-    def __init__(self, launch: Launch, connection: Connection) -> None:
+
+class Rank:
+    """One rank of a worker, after its HELLO.
+
+    Args:
+        slot: this rank's on the board.
+    """
+
+    def __init__(self, launch: Launch, connection: Connection, slot: Slot) -> None:
         self._rank = launch.rank
         self._local_rank = launch.local_rank
         self._world_size = launch.world_size
         self._connection = connection
-        self._parked: deque[Frame] = deque()  # frames met while this rank waited for CONTINUE
+        self._slot = slot
+        self._inbox = Inbox(connection)
         self._last_seq = 0
         self._reply_done = False
 
     def run(self) -> int:
         """Loads, then serves until SHUTDOWN or until the server is gone. Returns the exit code."""
+        threads.ignore_cancelled(Cancelled)
         progress.listen(lambda stage, done, total: self._connection.send(Kind.PROGRESS, Progress(stage, done, total)))
         try:
-            frame = self._connection.receive()
+            frame = self._inbox.next()
             if frame.kind is not Kind.LOAD:
                 return self._stop(f"expected LOAD, got {frame.kind.name}")
             handler = self._load(unpack(Load, frame.meta), bytes(frame.body))
@@ -83,7 +94,7 @@ class Rank:
             return None
         gc.collect()
         gc.freeze()  # what is loaded stays: the collector need not walk through all of torch in the middle of a batch
-        self._connection.send(Kind.LOADED, Loaded(time.monotonic() - began))
+        self._connection.send(Kind.LOADED, Loaded(time.monotonic() - began, handler.probe is not None))
         return handler
 
     def _local_device(self, load: Load) -> int | None:
@@ -94,49 +105,70 @@ class Rank:
 
     def _serve(self, handler: Handler) -> int:
         while True:
-            frame = self._parked.popleft() if self._parked else self._connection.receive()
+            frame = self._inbox.next()
             if frame.kind is Kind.BATCH:
                 if frame.seq != self._last_seq + 1:
                     # Going on would pair this rank's collectives with the wrong batch of the others.
                     return self._stop(f"got batch {frame.seq} after batch {self._last_seq}")
                 self._last_seq = frame.seq
+                self._slot.received(frame.seq)
                 self._run_batch(handler, frame)
+                self._slot.finished(frame.seq)
+                self._inbox.finished(frame.seq)
             elif frame.kind is Kind.SHUTDOWN:
                 handler.close()
                 return 0
-            # CONTINUE for a batch that this rank has left without an exception is not for it. GRANT and CANCEL for a batch
-            # that has ended come too late, DRAIN asks nothing of a rank that has nothing queued.
 
     def _run_batch(self, handler: Handler, frame: Frame) -> None:
         batch = unpack(Batch, frame.meta)
+        seq, count = frame.seq, len(batch.requests)
         self._context.begin_batch(batch.requests)
         stream = Stream(
-            self._connection, self._context, frame.seq, len(batch.requests), self._rank == 0, self._refused_chunk
+            self._connection,
+            self._inbox,
+            self._slot,
+            self._context,
+            seq,
+            count,
+            batch.grant,
+            self._rank == 0,
+            self._refused_chunk,
         )
         data = decode_batch(batch, frame.body)
         streaming.set_current(stream)
+        others = threads.alive()
         before = issued_collectives()
         try:
-            answers = handler.handle(data, self._context)
-            if inspect.isgenerator(answers):
-                answers = yield_all(answers, stream)
-            self._answer(answers, stream, frame.seq, len(batch.requests))
+            if frame.flags & PROBE:
+                self._answer(_probe(handler), stream, seq, 0)
+            else:
+                answers = handler.handle(data, self._context)
+                if inspect.isgenerator(answers):
+                    answers = yield_all(answers, stream)
+                self._answer(answers, stream, seq, count)
         except Refused as refusal:
-            self._report(Failure("refused", "", str(refusal), "", "", self._rank, ()), frame.seq)
-        except Exception as error:
+            self._report(Failure("refused", "", str(refusal), "", "", self._rank, ()), seq)
+        except (Exception, Cancelled) as error:
             issued = issued_collectives() - before
-            self._report(describe(error, self._rank, self._world_size, issued), frame.seq)
-            self._wait_for_continue(frame.seq)
+            stream.end()
+            failure = self._failure(error, stream, issued)
+            if stream.cancelled:  # every rank leaves at the same step; what its threads are still at comes first
+                threads.wait_for_end(others)
+            self._report(failure, seq)
+            self._inbox.wait_for_continue(seq)
         finally:
             streaming.set_current(None)
+            if stream.cancelled:
+                threads.wait_for_end(others)
 
     def _answer(self, answers: object, stream: Stream, seq: int, count: int) -> None:
         if self._rank != 0:
             logger.debug("skip sending response at rank %d", self._rank)
-            if self._reply_done:
+            if self._reply_done or not count:
                 self._connection.send(Kind.DONE, Answers(()), seq)
             return
-        if stream.muted:  # refused in mid-stream: the server has been told
+        stream.end()
+        if stream.refused:  # the server has been told
             return
         if answers is None and stream.step:
             answers = [b""] * count  # a stream need not have a last chunk
@@ -148,24 +180,28 @@ class Rank:
 
     # ── failures ──
 
+    def _failure(self, error: BaseException, stream: Stream, issued: int) -> Failure:
+        """What to report of an exception that has left a handler.
+
+        Raises:
+            Disconnected, WireError: nothing; it came from the link, or the worker ends.
+        """
+        if self._inbox.broken is not None:
+            raise self._inbox.broken from None
+        if isinstance(error, Cancelled):
+            if stream.cancelled:
+                everyone = tuple(range(self._world_size))
+                return Failure("cancelled", "", "every client has left", "", "", self._rank, everyone)
+            if self._inbox.stopping:
+                raise Disconnected from None
+            # Kept by the handler from an earlier batch, for this one's clients are there. An error like any other.
+        return describe(error, self._rank, self._world_size, issued)
+
     def _refused_chunk(self, refusal: Refused) -> None:
         self._report(Failure("refused", "", str(refusal), "", "", self._rank, ()), self._last_seq)
 
     def _report(self, failure: Failure, seq: int) -> None:
         self._connection.send(Kind.ERROR, failure, seq)
-
-    def _wait_for_continue(self, seq: int) -> None:
-        """Goes no further until the server knows that every rank has left the batch.
-
-        If only this rank has, its next collective would meet the others in this batch, and the sums would be wrong.
-        """
-        while True:
-            frame = self._connection.receive()
-            if frame.kind is Kind.CONTINUE and frame.seq == seq:
-                return
-            if frame.kind is Kind.SHUTDOWN:
-                raise Disconnected
-            self._parked.append(frame)
 
     def _stop(self, reason: str) -> int:
         print(f"minserve: rank {self._rank} stops: {reason}", file=sys.stderr, flush=True)
@@ -175,8 +211,19 @@ class Rank:
 def yield_all(answers: object, stream: Stream) -> object:
     """Sends what a generator yields, a step each; what it returns in the end is its last chunk, if anything."""
     assert inspect.isgenerator(answers)
-    while True:
-        try:
-            stream.send(next(answers))
-        except StopIteration as end:
-            return end.value if end.value is not None else [b""] * stream.count
+    try:
+        while True:
+            try:
+                stream.send(next(answers))
+            except StopIteration as end:
+                return end.value if end.value is not None else [b""] * stream.count
+    finally:
+        answers.close()  # after a cancel: its own clean-up runs now, not when it is collected
+
+
+def _probe(handler: Handler) -> list[object]:
+    """Runs the handler's own check; the answer to a probe has no requests and so no answers."""
+    healthy = handler.probe() if handler.probe is not None else True
+    if healthy not in (True, None):
+        raise ProbeFailed(f"probe() answered {healthy!r}; True or None means healthy")
+    return []

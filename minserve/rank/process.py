@@ -12,6 +12,7 @@ import sys
 import threading
 import traceback
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -30,7 +31,7 @@ class Launch:
     endpoint: str
     worker: str
     secret: str
-    output: str
+    directory: Path
     debug: bool
 
 
@@ -56,7 +57,7 @@ def read_environment(environ: MutableMapping[str, str]) -> Launch:
         endpoint=f"{environ['MINSERVE_ENDPOINT']}{int(environ['MINSERVE_BASE']) + local_rank}",
         worker=environ["MINSERVE_WORKER"],
         secret=environ.pop("MINSERVE_SECRET"),
-        output=f"{environ['MINSERVE_OUTPUT']}.{local_rank}",
+        directory=Path(environ["MINSERVE_DIRECTORY"]),
         debug=environ.get("MINSERVE_LOG_LEVEL") == "debug",
     )
 
@@ -67,7 +68,7 @@ def redirect_output(launch: Launch) -> None:
     Raises:
         OSError: nobody reads it: the server has died, and this rank must not wait for another one.
     """
-    fifo = os.open(launch.output, os.O_WRONLY | os.O_NONBLOCK)
+    fifo = os.open(launch.directory / f"output.{launch.local_rank}", os.O_WRONLY | os.O_NONBLOCK)
     os.set_blocking(fifo, True)
     os.dup2(fifo, 1)
     os.dup2(fifo, 2)

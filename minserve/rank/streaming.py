@@ -2,12 +2,17 @@
 
 A handler streams by yielding lists from a generator, or by calling `send_intermediate_predict_response`. Both run on every
 rank, so that the collectives between the steps stay paired.
+
+No rank takes a step that the server has not granted. A client that reads slowly so holds all ranks at the same step, and
+when the clients have left no more is granted: every rank is told so at the step behind the last granted one, and all leave
+the batch there, in step.
 """
 
 from __future__ import annotations
 
 import logging
 import re
+import threading
 from typing import TYPE_CHECKING
 
 from minserve.rank.data import Refused, check_answers, encode_answer
@@ -19,6 +24,8 @@ if TYPE_CHECKING:
 
     from minserve.rank.connection import Connection
     from minserve.rank.context import Context
+    from minserve.rank.inbox import Inbox
+    from minserve.wire.board import Slot
     from minserve.wire.messages import Buffer
 
 # What HTTP forbids in a header's value (RFC 9110, 5.5), and lone surrogates, which have no UTF-8; what a name is made of.
@@ -29,67 +36,84 @@ logger = logging.getLogger(__name__)
 
 
 class Cancelled(BaseException):
-    """Every client of the batch has left: raised by `send` on every rank at the same step.
+    """Every client of the batch has left, or the worker ends: raised by `send` on every rank at the same step.
 
     A BaseException, so that a handler's `except Exception` around its work does not swallow it.
     """
 
 
 class Stream:
-    """The stream of one batch.
+    """The stream of one batch. A handler may send from a thread of its own, but from one at a time.
 
     Args:
+        inbox: where grants come.
+        slot: where the steps are shown.
+        granted: the step up to which it may go before it needs a grant.
         answering: whether this is rank 0.
         on_refused: told once when a chunk cannot be sent. The handler is not stopped for it, for the other ranks would go
             on: it runs to its end, muted.
+
+    Attributes:
+        step: how many have been taken.
+        refused: a chunk could not be sent, and the server knows.
     """
 
     def __init__(
         self,
         connection: Connection,
+        inbox: Inbox,
+        slot: Slot,
         context: Context,
         seq: int,
         count: int,
+        granted: int,
         answering: bool,
         on_refused: Callable[[Refused], None],
     ) -> None:
         self._connection = connection
+        self._inbox = inbox
+        self._slot = slot
         self._context = context
         self._seq = seq
         self.count = count
+        self._granted = granted
         self._answering = answering
         self._on_refused = on_refused
         self.step = 0
-        self.muted = False
+        self.refused = False
+        self._ended = False
+        self._sending = threading.RLock()
 
     def send(self, chunks: object) -> None:
-        """One step: a chunk for each request of the batch, None for a request that gets none."""
-        self.step += 1
-        if not self._answering or self.muted:
-            return
-        try:
-            values = check_answers(chunks, self.count)
-            items = [(index, value) for index, value in enumerate(values) if value is not None]
-            self.send_items(items)
-        except Refused as refusal:
-            self._refuse(refusal)
+        """One step: a chunk for each request of the batch, None for a request that gets none.
 
-    def _refuse(self, refusal: Refused) -> None:
-        if self._answering and not self.muted:
-            self.muted = True
-            self._on_refused(refusal)
+        Raises:
+            Cancelled: every client has left; this step is not taken.
+        """
+        self._begin_step()
+        with self._sending:
+            if not self._speaks:
+                return
+            try:
+                values = check_answers(chunks, self.count)
+                self._send_items([(index, value) for index, value in enumerate(values) if value is not None])
+            except Refused as refusal:
+                self._refuse(refusal)
 
     def send_some(self, chunks: object, request_ids: Mapping[int, str]) -> None:
         """One step with chunks for some requests of the batch, in the order of `request_ids`: {index: request id}.
 
         A thread that an earlier batch has left behind is told by the ids: its chunks are for nobody here.
+
+        Raises:
+            Cancelled: every client has left; this step is not taken.
         """
         ids = self._context.request_ids or {}
         if any(ids.get(index) != request_id for index, request_id in request_ids.items()):
             logger.warning("dropped a chunk for requests that are not in this batch: %s", list(request_ids.values()))
             return
         if not isinstance(chunks, list | tuple) or len(chunks) != len(request_ids):
-            self.step += 1
+            self._begin_step()
             self._refuse(Refused(f"an intermediate response needs one chunk for each of {len(request_ids)} requests"))
             return
         by_index: list[object] = [None] * self.count
@@ -97,16 +121,45 @@ class Stream:
             by_index[index] = chunk
         self.send(by_index)
 
-    def send_items(self, items: list[tuple[int, object]]) -> None:
-        """Sends the chunks there are. Status and headers are what the context says at this moment."""
+    @property
+    def cancelled(self) -> bool:
+        """Whether its clients have left and the server has said so."""
+        return self._inbox.cancelled(self._seq)
+
+    def end(self) -> None:
+        """Nothing goes out any more: a thread may still send, but behind the batch's last frame a chunk is for nobody."""
+        with self._sending:
+            self._ended = True
+
+    def _begin_step(self) -> None:
+        # The step is shown before it is waited for: the server cancels only once every rank has been seen to count steps.
+        self._slot.stepped(self._seq, self.step + 1)
+        if self.step >= self._granted and not self._inbox.wait_for_grant(self._seq, self.step + 1):
+            raise Cancelled
+        self.step += 1
+
+    @property
+    def _speaks(self) -> bool:
+        return self._answering and not self.refused and not self._ended
+
+    def _refuse(self, refusal: Refused) -> None:
+        with self._sending:
+            if self._speaks:
+                self.refused = True
+                self._on_refused(refusal)
+
+    def _send_items(self, items: list[tuple[int, object]]) -> None:
+        """Sends the chunks there are; a step without any is told, too, for the server grants by what it has seen.
+
+        Status and headers are what the context says at this moment.
+        """
         answers: list[Answer] = []
         bodies: list[Buffer] = []
         for index, value in items:
             answer, body = encode(self._context, index, value)
             answers.append(answer)
             bodies.append(body)
-        if answers:
-            self._connection.send_with_body(Kind.CHUNK, Answers(tuple(answers), self.step), bodies, self._seq)
+        self._connection.send_with_body(Kind.CHUNK, Answers(tuple(answers), self.step), bodies, self._seq)
 
 
 def encode(context: Context, index: int, value: object) -> tuple[Answer, Buffer]:

@@ -47,9 +47,10 @@ class Progress(Message):
 
 
 class Loaded(Message):
-    """The handler is ready. `seconds` is how long importing and initialising took."""
+    """The handler is ready. `seconds` is how long importing and initialising took; `probes` says that it offers a probe."""
 
     seconds: float
+    probes: bool = False
 
 
 class Failure(Message):
@@ -57,7 +58,8 @@ class Failure(Message):
 
     Attributes:
         kind: "own" (raised by this rank's code), "collective" (torch.distributed, so perhaps a victim), "device", "memory",
-            "refused" (minserve refused what `handle` returned on rank 0; every rank is still in step).
+            "refused" (minserve refused what `handle` returned on rank 0; every rank is still in step), "cancelled" (no
+            exception: the stream's clients have left, and so has this rank).
         type_name: class name of the exception.
         text: its text.
         place: `file:line` where it was raised.
@@ -136,14 +138,14 @@ class RequestMeta(Message):
 
 
 class Batch(Message):
-    """Meta of BATCH. `grant` is the step up to which a stream may go without asking; 0 means no limit."""
+    """Meta of BATCH. `grant` is the step up to which a stream may go before it needs a GRANT."""
 
     requests: tuple[RequestMeta, ...]
     grant: int = 0
 
 
 class Step(Message):
-    """Meta of GRANT and CANCEL: the step up to which, or after which."""
+    """Meta of GRANT: the step up to which. Meta of CANCEL: the last one granted, behind which the stream ends."""
 
     step: int
 

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import queue
+import threading
 from collections import deque
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Generic, TypeVar
 
 from minserve.rank.connection import Connection, Disconnected
 from minserve.rank.context import Context
 from minserve.rank.process import Launch
-from minserve.wire.frames import FROM_RANK, FROM_SERVER, Frame, FrameReader, Kind
+from minserve.wire.board import Slot
+from minserve.wire.frames import FROM_RANK, FROM_SERVER, PROBE, Frame, FrameReader, Kind
 from minserve.wire.messages import (
     Answer,
     Answers,
@@ -20,6 +25,7 @@ from minserve.wire.messages import (
     Part,
     RequestMeta,
     Shutdown,
+    Step,
     pack,
     pack_with_body,
     split_body,
@@ -32,6 +38,7 @@ class FakeConnection(Connection):
     """Hands out the frames it was given, then is disconnected. `log` has one word for each frame, "<" came, ">" went."""
 
     def __init__(self, frames: Iterable[Frame] = ()) -> None:
+        self.lost = False
         self.incoming = deque(frames)
         self.sent: list[Frame] = []
         self.log: list[str] = []
@@ -68,6 +75,71 @@ class FakeConnection(Connection):
         return [[(answer.index, body) for answer, body in parts(frame)] for frame in self.of(kind)]
 
 
+class PacedConnection(FakeConnection):
+    """Hands out a frame, or raises an error, once it is given one; until then whoever reads waits."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._given: queue.SimpleQueue[Frame | Exception] = queue.SimpleQueue()
+        self.read = threading.Event()  # somebody is, or was, at it
+
+    def give(self, *items: Frame | Exception) -> None:
+        for item in items:
+            self._given.put(item)
+
+    def receive(self) -> Frame:
+        self.read.set()
+        item = self._given.get()
+        if isinstance(item, Exception):
+            raise item
+        return item
+
+
+class FakeSlot(Slot):
+    """Remembers what a rank has shown."""
+
+    def __init__(self) -> None:
+        self.log: list[str] = []
+
+    def received(self, seq: int) -> None:
+        self.log.append(f"received {seq}")
+
+    def finished(self, seq: int) -> None:
+        self.log.append(f"finished {seq}")
+
+    def stepped(self, seq: int, step: int) -> None:
+        self.log.append(f"step {step} of {seq}")
+
+
+T = TypeVar("T")
+DEADLINE_S = 60.0  # of what takes a moment, where it goes wrong
+
+
+class Running(Generic[T]):
+    """A call in a thread of its own."""
+
+    def __init__(self, call: Callable[..., T], *args: object) -> None:
+        self._call = call
+        self._args = args
+        self._error: BaseException | None = None
+        self._thread = threading.Thread(target=self._run, daemon=True)
+        self._thread.start()
+
+    def _run(self) -> None:
+        try:
+            self._result = self._call(*self._args)
+        except BaseException as error:
+            self._error = error
+
+    def result(self) -> T:
+        """What it returned or raised."""
+        self._thread.join(DEADLINE_S)
+        assert not self._thread.is_alive(), "it hangs"
+        if self._error is not None:
+            raise self._error
+        return self._result
+
+
 def parts(frame: Frame) -> list[tuple[Answer, bytes]]:
     """The answers of a REPLY or CHUNK with their bodies."""
     metas = unpack(Answers, frame.meta).answers
@@ -76,7 +148,7 @@ def parts(frame: Frame) -> list[tuple[Answer, bytes]]:
 
 
 def launch(rank: int = 0, world_size: int = 2) -> Launch:
-    return Launch(rank, rank, world_size, "unix:/nowhere", "w1", "secret", "/nowhere", False)
+    return Launch(rank, rank, world_size, "unix:/nowhere", "w1", "secret", Path("/nowhere"), False)
 
 
 def frame(kind: Kind, message: Message, seq: int = 0, body: bytes = b"") -> Frame:
@@ -92,9 +164,24 @@ def requests(*bodies: bytes, content_type: str = "") -> tuple[RequestMeta, ...]:
     )
 
 
-def batch(seq: int, *bodies: bytes) -> Frame:
+def batch(seq: int, *bodies: bytes, grant: int = 8) -> Frame:
     """A batch of raw bodies."""
-    return frame(Kind.BATCH, Batch(requests(*bodies)), seq, b"".join(bodies))
+    return frame(Kind.BATCH, Batch(requests(*bodies), grant), seq, b"".join(bodies))
+
+
+def probe(seq: int) -> Frame:
+    whole = frame(Kind.BATCH, Batch(()), seq)
+    whole.flags = PROBE
+    return whole
+
+
+def grant(seq: int, step: int) -> Frame:
+    return frame(Kind.GRANT, Step(step), seq)
+
+
+def cancel(seq: int, step: int) -> Frame:
+    """`step` is the last one granted."""
+    return frame(Kind.CANCEL, Step(step), seq)
 
 
 def resume(seq: int) -> Frame:

@@ -90,6 +90,20 @@ def test_a_reset_is_a_disconnect_too() -> None:
         over(Reset(b"")).receive()
 
 
+@pytest.mark.parametrize("error", [BrokenPipeError, ConnectionResetError])
+def test_a_server_that_is_gone_when_a_rank_speaks_is_a_disconnect_too(error: type[Exception]) -> None:
+    class Broken(FakeSocket):
+        def sendmsg(self, pieces: Sequence[Buffer]) -> int:
+            raise error
+
+    connection = over(Broken())
+    with pytest.raises(Disconnected):
+        connection.send(Kind.PROGRESS, Progress("weights"))
+    assert connection.lost
+    with pytest.raises(Disconnected):
+        connection.send_with_body(Kind.REPLY, Answers(()), [b"x"], 1)
+
+
 def test_what_only_a_rank_may_say_is_refused_from_a_server_but_not_what_came_before_it() -> None:
     connection = over(FakeSocket(encode(Kind.DRAIN) + encode(Kind.REPLY, 1)))
     with pytest.raises(WireError, match="frame kind 5 is not allowed"):

@@ -6,7 +6,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from minserve.rank.failures import MAX_TEXT, MAX_TRACEBACK, StageError, describe, place_of
+from minserve.rank.failures import MAX_TEXT, MAX_TRACEBACK, StageError, describe, issued_collectives, place_of
 from minserve.wire.frames import Kind
 from minserve.wire.messages import Failure, pack
 
@@ -166,3 +166,37 @@ def test_long_texts_are_cut_where_they_tell_least() -> None:
     assert failure.text.startswith("begin")
     assert len(failure.traceback) <= MAX_TRACEBACK
     assert failure.traceback.endswith("end\n")
+
+
+class Group:
+    """Stands for torch's: it has issued `count` collectives. While it is asked the handler makes another group."""
+
+    def __init__(self, count: int, groups: dict[object, None]) -> None:
+        self.count = count
+        self.groups = groups
+
+    def _get_sequence_number_for_group(self) -> int:
+        self.groups[object()] = None
+        return self.count
+
+
+def distributed(groups: dict[object, None], initialized: bool = True) -> SimpleNamespace:
+    """Stands for torch.distributed."""
+    c10d = SimpleNamespace(_world=SimpleNamespace(pg_map=groups))
+    return SimpleNamespace(is_initialized=lambda: initialized, distributed_c10d=c10d)
+
+
+def test_collectives_are_counted_over_all_groups_also_while_groups_are_made(monkeypatch: pytest.MonkeyPatch) -> None:
+    groups: dict[object, None] = {}
+    groups |= {Group(3, groups): None, Group(4, groups): None}
+    monkeypatch.setitem(sys.modules, "torch.distributed", distributed(groups))
+    assert issued_collectives() == 7
+
+
+@pytest.mark.parametrize(
+    "module", [None, SimpleNamespace(), distributed({}, initialized=False), distributed({1: None})]
+)
+def test_where_torch_does_not_count_there_are_none(module: object, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It may be in the middle of its import, or of another version: the heartbeat asks at any time."""
+    monkeypatch.setitem(sys.modules, "torch.distributed", module)
+    assert issued_collectives() == 0

@@ -247,6 +247,38 @@ def test_close_may_be_missing(model_dir: Path) -> None:
     load(model_dir, ONE_CLASS).close()
 
 
+PROBES = """
+    def handle(data, context): ...
+    {}
+    class Model:
+        def handle(self, data, context): ...
+        {}
+"""
+
+
+@pytest.mark.parametrize("reference", ["handler.py", "handler.py:Model"])
+def test_a_probe_is_the_handlers_own(model_dir: Path, reference: str) -> None:
+    source = PROBES.format("def probe(): return 'its own'", "def probe(self): return 'its own'")
+    handler = load(model_dir, source, reference)
+    assert handler.probe is not None
+    assert handler.probe() == "its own"
+
+
+@pytest.mark.parametrize("reference", ["handler.py", "handler.py:Model"])
+@pytest.mark.parametrize("function", ["", "probe = None", "probe = 'text'"])
+def test_a_probe_may_be_missing(model_dir: Path, reference: str, function: str) -> None:
+    assert load(model_dir, PROBES.format(function, function), reference).probe is None
+
+
+@pytest.mark.parametrize("reference", ["handler.py", "handler.py:Model"])
+def test_what_is_called_probe_but_wants_arguments_is_the_authors_and_not_called(
+    model_dir: Path, reference: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    source = PROBES.format("def probe(image): return 1 / 0", "def probe(self, image): return 1 / 0")
+    assert load(model_dir, source, reference).probe is None
+    assert "cannot be called without arguments: missing a required argument: 'image'" in caplog.text
+
+
 def test_progress_says_that_the_handler_is_initialised(model_dir: Path) -> None:
     heard: list[str] = []
     progress.listen(lambda stage, done, total: heard.append(f"{stage} {done}/{total}"))

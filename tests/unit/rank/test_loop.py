@@ -2,7 +2,9 @@ from __future__ import annotations
 
 import json
 import logging
+import sys
 import textwrap
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,10 +13,25 @@ import pytest
 
 import minserve
 from minserve.errors import WireError
+from minserve.rank import threads
 from minserve.rank.loop import Rank
 from minserve.wire.frames import Frame, Kind
 from minserve.wire.messages import Answers, Failure, Loaded, Progress, Shutdown, unpack
-from tests.unit.rank.rig import SHUTDOWN, FakeConnection, batch, frame, launch, load, parts, resume
+from tests.unit.rank.rig import (
+    DEADLINE_S,
+    SHUTDOWN,
+    FakeConnection,
+    FakeSlot,
+    batch,
+    cancel,
+    frame,
+    grant,
+    launch,
+    load,
+    parts,
+    probe,
+    resume,
+)
 
 LOG = "minserve.rank.loop"
 COMPAT = Path(minserve.__file__).parent / "compat"
@@ -35,8 +52,9 @@ FRAGILE = """
 class Served:
     """What became of a rank."""
 
-    def __init__(self, connection: FakeConnection, code: int) -> None:
+    def __init__(self, connection: FakeConnection, slot: FakeSlot, code: int) -> None:
         self.connection = connection
+        self.slot = slot
         self.code = code
         self.log = [entry for entry in connection.log if "PROGRESS" not in entry]
 
@@ -51,7 +69,8 @@ def serve(model_dir: Path) -> Serve:
     def run(source: str, *frames: Frame, rank: int = 0, **options: Any) -> Served:
         (model_dir / "handler.py").write_text(textwrap.dedent(source))
         connection = FakeConnection([load(str(model_dir), **options), *frames])
-        return Served(connection, Rank(launch(rank), connection).run())
+        slot = FakeSlot()
+        return Served(connection, slot, Rank(launch(rank), connection, slot).run())
 
     return run
 
@@ -121,7 +140,7 @@ def test_the_gpu_is_this_ranks_own(serve: Serve, gpu: bool, rank: int, expected:
 
 def test_anything_but_load_comes_first_stops_the_rank(capfd: pytest.CaptureFixture[str]) -> None:
     connection = FakeConnection([batch(1, b"x")])
-    assert Rank(launch(1), connection).run() == 1
+    assert Rank(launch(1), connection, FakeSlot()).run() == 1
     assert capfd.readouterr().err == "minserve: rank 1 stops: expected LOAD, got BATCH\n"
     assert connection.sent == []
 
@@ -195,7 +214,7 @@ def test_a_batch_out_of_sequence_stops_the_rank_before_it_runs(
 
 
 def test_grants_cancels_and_the_rest_between_batches_change_nothing(serve: Serve) -> None:
-    strangers = [Frame(kind, 0, 9, bytearray(), bytearray()) for kind in (Kind.GRANT, Kind.CANCEL, Kind.CONTINUE)]
+    strangers = [grant(1, 16), cancel(1, 16), resume(1), grant(9, 16), cancel(9, 16), resume(9)]
     served = serve(ECHO, batch(1, b"a"), *strangers, frame(Kind.DRAIN, Shutdown("")), batch(2, b"b"))
     assert served.connection.answers() == [[(0, b"a")], [(0, b"b")]]
 
@@ -350,12 +369,12 @@ def streaming(body: str) -> str:
 def test_a_generators_yields_are_chunks_and_its_end_is_the_reply(serve: Serve) -> None:
     source = streaming("yield ['a', None]\nyield [None, None]\nyield ['b', b'c']")
     served = serve(source, batch(1, b"", b""), batch(2, b"", b""))
-    one = [">CHUNK 1", ">CHUNK 1", ">REPLY 1"]
+    one = [">CHUNK 1", ">CHUNK 1", ">CHUNK 1", ">REPLY 1"]
     assert served.log[2:] == ["<BATCH 1", *one, "<BATCH 2", *[entry.replace("1", "2") for entry in one]]
-    assert served.connection.answers(Kind.CHUNK)[:2] == [[(0, b"a")], [(0, b"b"), (1, b"c")]]
+    assert served.connection.answers(Kind.CHUNK)[:3] == [[(0, b"a")], [], [(0, b"b"), (1, b"c")]]
     assert served.connection.answers()[0] == [(0, b""), (1, b"")]
     steps = [unpack(Answers, sent.meta).step for sent in served.connection.sent if sent.seq == 2]
-    assert steps == [1, 3, 3]  # the step of Nones counts: the other ranks count it too
+    assert steps == [1, 2, 3, 3]
 
 
 @pytest.mark.parametrize(
@@ -398,6 +417,249 @@ def test_an_exception_in_mid_stream_is_an_error_like_any_other(serve: Serve) -> 
     served = serve(streaming("yield ['a']\nraise LookupError('gone')"), batch(1, b""), batch(2, b""), resume(1))
     assert served.log[2:7] == ["<BATCH 1", ">CHUNK 1", ">ERROR 1", "<BATCH 2", "<CONTINUE 1"]
 
+
+def test_every_rank_shows_how_far_it_is(serve: Serve) -> None:
+    for rank in (0, 1):
+        served = serve(streaming("yield ['a']\nyield ['b']"), batch(1, b""), batch(2, b""), rank=rank)
+        steps = ["received 1", "step 1 of 1", "step 2 of 1", "finished 1"]
+        assert served.slot.log == [*steps, "received 2", "step 1 of 2", "step 2 of 2", "finished 2"]
+
+
+def test_a_batch_that_raised_is_finished_once_the_rank_may_go_on(serve: Serve) -> None:
+    assert serve(FRAGILE, batch(1, b"raise")).slot.log == ["received 1"]
+    assert serve(FRAGILE, batch(1, b"raise"), resume(1)).slot.log == ["received 1", "finished 1"]
+
+
+# ── streams that end early ──
+
+# Without end, and tells when it has cleaned up: a frame of its own, PROGRESS, among the others.
+ENDLESS = """
+    import minserve
+    def handle(data, context):
+        if data is None: return None
+        return chunks(data)
+    def chunks(data):
+        try:
+            while data[0]["body"] == b"":
+                try:
+                    yield ["a"]
+                except Exception:
+                    raise SystemExit("a cancel is none")
+            return ["short"]
+        finally:
+            minserve.report_progress("cleaned up")
+"""
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_stream_whose_clients_have_left_ends_behind_the_last_grant_and_the_next_batch_goes_on(
+    serve: Serve, rank: int
+) -> None:
+    frames = [batch(1, b"", grant=2), batch(2, b"x"), grant(1, 3), cancel(1, 3), resume(1), SHUTDOWN]
+    served = serve(ENDLESS, *frames, rank=rank, reply_done=True)
+    chunk = [">CHUNK 1"] if rank == 0 else []
+    assert served.connection.log[4:] == [
+        "<BATCH 1",
+        *chunk * 2,
+        "<BATCH 2",
+        "<GRANT 1",
+        *chunk,
+        "<CANCEL 1",
+        ">PROGRESS 0",
+        ">ERROR 1",
+        "<CONTINUE 1",
+        ">PROGRESS 0",
+        ">REPLY 2" if rank == 0 else ">DONE 2",
+        "<SHUTDOWN 0",
+    ]
+    failure = served.connection.failure()
+    assert (failure.kind, failure.type_name, failure.origin, failure.needs) == ("cancelled", "", rank, (0, 1))
+    assert (served.code, served.slot.log[-1]) == (0, "finished 2")
+
+
+SENDING = """
+    import threading
+    import minserve
+    from minserve.rank.streaming import current
+    def handle(data, context):
+        if data is None: return None
+        {body}
+"""
+
+
+def sending(body: str) -> str:
+    return SENDING.format(body=body.replace("\n", "\n        "))
+
+
+def test_a_handlers_except_exception_does_not_swallow_a_cancel(serve: Serve) -> None:
+    source = sending("try:\n    while True: current().send(['a'])\nexcept Exception: return ['swallowed']")
+    served = serve(source, batch(1, b"", grant=1), cancel(1, 1))
+    assert served.log[2:] == ["<BATCH 1", ">CHUNK 1", "<CANCEL 1", ">ERROR 1"]
+
+
+def test_a_handler_that_swallows_a_cancel_may_end_its_batch_as_it_likes(serve: Serve) -> None:
+    source = sending("try:\n    while True: current().send(['a'])\nexcept minserve.Cancelled: return ['swallowed']")
+    served = serve(source, batch(1, b"", grant=1), cancel(1, 1), batch(2, b"", grant=0), cancel(2, 0))
+    assert served.log[2:] == ["<BATCH 1", ">CHUNK 1", "<CANCEL 1", ">REPLY 1", "<BATCH 2", "<CANCEL 2", ">REPLY 2"]
+
+
+@pytest.mark.parametrize(
+    ("body", "error"),
+    [
+        ("try:\n    while True: yield ['a']\nfinally:\n    raise LookupError('in its clean-up')", "LookupError"),
+        ("while True:\n    try: yield ['a']\n    except GeneratorExit: yield ['b']", "RuntimeError"),
+    ],
+)
+def test_an_error_in_the_clean_up_is_an_error_like_any_other(serve: Serve, body: str, error: str) -> None:
+    served = serve(streaming(body), batch(1, b"", grant=1), cancel(1, 1), resume(1))
+    assert served.log[2:] == ["<BATCH 1", ">CHUNK 1", "<CANCEL 1", ">ERROR 1", "<CONTINUE 1"]
+    assert (served.connection.failure().kind, served.connection.failure().type_name) == ("own", error)
+
+
+def test_a_cancel_kept_from_an_earlier_batch_is_an_error_of_this_one(serve: Serve) -> None:
+    """Reported as a cancel the server would take it for the word that nobody waits, and would answer nobody."""
+    served = serve(sending("raise minserve.Cancelled"), batch(1, b""), resume(1), rank=1)
+    assert served.log[2:] == ["<BATCH 1", ">ERROR 1", "<CONTINUE 1"]
+    assert (served.connection.failure().kind, served.connection.failure().type_name) == ("own", "Cancelled")
+
+
+def test_a_shutdown_in_mid_stream_ends_the_rank_and_is_no_error(serve: Serve) -> None:
+    served = serve(ENDLESS, batch(1, b"", grant=1), SHUTDOWN)
+    assert served.connection.log[4:] == ["<BATCH 1", ">CHUNK 1", "<SHUTDOWN 0", ">PROGRESS 0"]
+    assert served.code == 0
+
+
+@pytest.mark.parametrize("body", ["while True: current().send(['a'])", "try: current().send(['a'])\nfinally: {}[1]"])
+def test_a_link_that_ends_in_mid_stream_ends_the_rank_quietly(serve: Serve, body: str) -> None:
+    served = serve(sending(body), batch(1, b"", grant=0))
+    assert (served.log[2:], served.code) == (["<BATCH 1"], 0)
+
+
+@pytest.mark.parametrize("handles", [False, True])
+def test_a_frame_that_is_none_is_not_the_handlers_error(serve: Serve, handles: bool) -> None:
+    body = "try: current().send(['a'])\nexcept Exception: return ['b']" if handles else "current().send(['a'])"
+    with pytest.raises(WireError, match="bad Step message"):
+        serve(sending(body), batch(1, b"", grant=0), Frame(Kind.GRANT, 0, 1, bytearray(b"\xc1"), bytearray()))
+
+
+class Meeting:
+    """Where a handler's thread waits until its rank waits for it: `left` is set by the first look of `wait_for_end`."""
+
+    def __init__(self) -> None:
+        self.left = threading.Event()
+
+    def sleep(self, seconds: float) -> None:
+        self.left.set()
+
+
+@pytest.fixture
+def meeting(monkeypatch: pytest.MonkeyPatch) -> Meeting:
+    it = Meeting()
+    monkeypatch.setattr(threads, "time", it)
+    monkeypatch.setitem(sys.modules, "meeting", it)  # for the handler's import
+    return it
+
+
+# Its thread is in the middle of something when the stream is cancelled: it comes to its end only behind that.
+WITH_A_THREAD = """
+    import threading
+    import meeting, minserve
+    from minserve.rank.streaming import current
+    def work():
+        if meeting.left.wait(DEADLINE):
+            minserve.report_progress("the thread is through")
+    def handle(data, context):
+        if data is None: return None
+        threading.Thread(target=work, daemon=True).start()
+        BODY
+"""
+
+
+@pytest.mark.parametrize(
+    ("body", "log"),
+    [
+        ("while True: current().send(['a'])", [">PROGRESS 0", ">ERROR 1"]),
+        ("try: current().send(['a'])\nexcept minserve.Cancelled: return ['b']", [">REPLY 1", ">PROGRESS 0"]),
+        ("try: current().send(['a'])\nfinally: {}[1]", [">PROGRESS 0", ">ERROR 1"]),
+    ],
+)
+def test_a_cancelled_batch_is_over_only_when_its_threads_are(
+    serve: Serve, meeting: Meeting, body: str, log: list[str]
+) -> None:
+    source = WITH_A_THREAD.replace("DEADLINE", str(DEADLINE_S)).replace("BODY", body.replace("\n", "\n        "))
+    served = serve(source, batch(1, b"", grant=0), cancel(1, 0), resume(1), SHUTDOWN)
+    assert served.connection.log[4:] == ["<BATCH 1", "<CANCEL 1", *log, "<CONTINUE 1", "<SHUTDOWN 0"]
+
+
+def test_a_thread_that_streams_leaves_at_its_send_without_a_traceback(
+    serve: Serve, capfd: pytest.CaptureFixture[str]
+) -> None:
+    body = """
+def generate():
+    while True: current().send(['a'])
+thread = threading.Thread(target=generate)
+thread.start()
+thread.join()
+return ['b']
+"""
+    served = serve(sending(body), batch(1, b"", grant=2), cancel(1, 2))
+    assert served.log[2:] == ["<BATCH 1", ">CHUNK 1", ">CHUNK 1", "<CANCEL 1", ">REPLY 1"]
+    assert capfd.readouterr().err == ""
+
+
+@pytest.mark.parametrize(("end", "last"), [("return ['b']", ">REPLY 1"), ("raise LookupError", ">ERROR 1")])
+def test_what_a_thread_sends_behind_its_batchs_end_is_for_nobody(serve: Serve, end: str, last: str) -> None:
+    """It may have been on its way for a while: the stream is that of its own batch."""
+    body = f"""
+streams.append(current())
+streams[0].send(['a'])
+{end}
+"""
+    served = serve("streams = []" + textwrap.dedent(sending(body)), batch(1, b""), resume(1), batch(2, b""))
+    assert [entry for entry in served.log if entry.endswith("1") and entry[0] == ">"] == [">CHUNK 1", last]
+
+
+# ── probes ──
+
+PROBING = """
+    def handle(data, context):
+        return ["handled"]
+    def probe():
+        {body}
+"""
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+@pytest.mark.parametrize("source", [ECHO, PROBING.format(body="return True"), PROBING.format(body="pass")])
+def test_a_probe_is_a_batch_without_requests_that_every_rank_answers(serve: Serve, source: str, rank: int) -> None:
+    served = serve(source, probe(1), batch(2, b"x"), rank=rank)
+    assert served.log[2:4] == ["<BATCH 1", ">REPLY 1" if rank == 0 else ">DONE 1"]
+    assert served.connection.answers()[:1] == ([[]] if rank == 0 else [])
+    assert served.slot.log[:2] == ["received 1", "finished 1"]
+
+
+@pytest.mark.parametrize(("source", "offered"), [(ECHO, False), (PROBING.format(body="pass"), True)])
+def test_a_rank_that_has_loaded_says_whether_it_has_a_probe(serve: Serve, source: str, offered: bool) -> None:
+    (loaded,) = serve(source).connection.of(Kind.LOADED)
+    assert unpack(Loaded, loaded.meta).probes is offered
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+@pytest.mark.parametrize(
+    ("body", "error", "text"),
+    [
+        ("return False", "ProbeFailed", "probe() answered False; True or None means healthy"),
+        ("return 'fine'", "ProbeFailed", "probe() answered 'fine'; True or None means healthy"),
+        ("raise LookupError('no device')", "LookupError", "no device"),
+    ],
+)
+def test_a_probe_that_fails_is_an_error_of_its_rank(serve: Serve, body: str, error: str, text: str, rank: int) -> None:
+    served = serve(PROBING.format(body=body), probe(1), batch(2, b"parked"), rank=rank)
+    assert served.log[2:] == ["<BATCH 1", ">ERROR 1", "<BATCH 2"]
+    assert (served.connection.failure().type_name, served.connection.failure().text) == (error, text)
+
+
+# ── TorchServe's function ──
 
 SEND = """
     from ts.handler_utils.utils import send_intermediate_predict_response as send

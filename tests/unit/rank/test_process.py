@@ -21,7 +21,7 @@ def environment(**changes: str) -> dict[str, str]:
         "MINSERVE_BASE": "8",
         "MINSERVE_WORKER": "w2",
         "MINSERVE_SECRET": "hush",
-        "MINSERVE_OUTPUT": "/run/m/output",
+        "MINSERVE_DIRECTORY": "/run/m/0.r",
         **changes,
     }
 
@@ -34,7 +34,7 @@ def test_the_launch_is_read_from_the_environment() -> None:
         endpoint="unix:/run/m/worker.9",
         worker="w2",
         secret="hush",
-        output="/run/m/output.1",
+        directory=Path("/run/m/0.r"),
         debug=False,
     )
 
@@ -71,7 +71,7 @@ def test_a_missing_variable_is_named(name: str) -> None:
 def test_a_rank_does_not_wait_for_a_server_that_is_gone(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "output.0")
     with pytest.raises(OSError, match="No such device"):
-        redirect_output(read_environment(environment(MINSERVE_OUTPUT=str(tmp_path / "output"), LOCAL_RANK="0")))
+        redirect_output(read_environment(environment(MINSERVE_DIRECTORY=str(tmp_path), LOCAL_RANK="0")))
 
 
 def test_stdout_and_stderr_go_to_the_ranks_own_pipe(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -85,7 +85,7 @@ def test_stdout_and_stderr_go_to_the_ranks_own_pipe(tmp_path: Path, monkeypatch:
         opened.append(fd)
 
     monkeypatch.setattr(os, "dup2", dup2)
-    redirect_output(Launch(0, 0, 1, "", "", "", str(output), False))
+    redirect_output(Launch(0, 0, 1, "", "", "", tmp_path, False))
     assert duplicated == [(str(output), 1), (str(output), 2)]
     with pytest.raises(OSError, match="Bad file descriptor"):
         os.fstat(opened[0])  # not left open beside the two
@@ -98,7 +98,7 @@ def test_debug_reaches_minserves_loggers_alone(debug: bool, monkeypatch: pytest.
     monkeypatch.setattr(root, "handlers", [])
     monkeypatch.setattr(root, "level", logging.WARNING)
     monkeypatch.setattr(ours, "level", logging.NOTSET)
-    configure_logging(Launch(0, 0, 1, "", "", "", "", debug))
+    configure_logging(Launch(0, 0, 1, "", "", "", Path(), debug))
     logging.root.manager._clear_cache()  # type: ignore[attr-defined]  # levels were set around the logging module
     assert logging.getLogger("minserve.rank.loop").isEnabledFor(logging.DEBUG) is debug
     assert not logging.getLogger("a_handler").isEnabledFor(logging.DEBUG)
@@ -134,7 +134,7 @@ def test_the_endpoint_says_where_to_connect(endpoint: str, address: object, monk
 
     monkeypatch.setattr("socket.socket", lambda family, kind: fake)
     monkeypatch.setattr("socket.create_connection", create_connection)
-    connection: object = process.connect(Launch(0, 0, 1, endpoint, "", "", "", False))
+    connection: object = process.connect(Launch(0, 0, 1, endpoint, "", "", Path(), False))
     assert connection is fake
     assert fake.calls[0] == ("connect", address)
     assert len(fake.calls) == (2 if endpoint.startswith("tcp:") else 1)  # TCP_NODELAY

@@ -4,22 +4,47 @@ from http import HTTPStatus
 
 import pytest
 
+from minserve.rank.connection import Disconnected
 from minserve.rank.data import Refused
-from minserve.rank.streaming import Stream, encode
-from minserve.wire.frames import Kind
+from minserve.rank.inbox import Inbox
+from minserve.rank.streaming import Cancelled, Stream, encode
+from minserve.wire.frames import Frame, Kind
 from minserve.wire.messages import Answers, unpack
-from tests.unit.rank.rig import FakeConnection, new_context, parts, requests
+from tests.unit.rank.rig import (
+    DEADLINE_S,
+    SHUTDOWN,
+    FakeConnection,
+    FakeSlot,
+    PacedConnection,
+    Running,
+    batch,
+    cancel,
+    grant,
+    new_context,
+    parts,
+    requests,
+)
 
 
 class Streaming:
-    """A stream of a batch of `count`, and what came of it."""
+    """A stream of batch 7 with `count` requests, and what came of it."""
 
-    def __init__(self, count: int = 2, answering: bool = True) -> None:
-        self.connection = FakeConnection()
+    def __init__(self, *incoming: Frame, count: int = 2, granted: int = 8, answering: bool = True) -> None:
+        self.connection = FakeConnection(incoming)
+        self.inbox = Inbox(self.connection)
+        self.slot = FakeSlot()
         self.context = new_context(*requests(*[b""] * count))
         self.refused: list[str] = []
         self.stream = Stream(
-            self.connection, self.context, 7, count, answering, lambda refusal: self.refused.append(str(refusal))
+            self.connection,
+            self.inbox,
+            self.slot,
+            self.context,
+            7,
+            count,
+            granted,
+            answering,
+            lambda refusal: self.refused.append(str(refusal)),
         )
 
     @property
@@ -40,13 +65,14 @@ def test_a_step_is_one_frame_with_a_chunk_for_each_request() -> None:
     assert it.connection.log == [">CHUNK 7"] * 2
 
 
-def test_none_is_no_chunk_and_a_step_of_nones_is_counted_but_not_sent() -> None:
+def test_none_is_no_chunk_and_a_step_of_nones_is_told_all_the_same() -> None:
+    """The server grants by the steps that it has seen."""
     it = Streaming()
     it.stream.send([None, "b"])
     it.stream.send([None, None])
     it.stream.send(["c", ""])
-    assert it.chunks == [[(1, b"b")], [(0, b"c"), (1, b"")]]
-    assert it.steps == [1, 3]
+    assert it.chunks == [[(1, b"b")], [], [(0, b"c"), (1, b"")]]
+    assert it.steps == [1, 2, 3]
 
 
 def test_other_ranks_count_and_send_nothing_whatever_they_are_given() -> None:
@@ -64,7 +90,7 @@ def test_a_bad_chunk_is_reported_once_and_mutes_but_the_steps_go_on(bad: object)
         it.stream.send(chunks)
     assert len(it.refused) == 1
     assert it.chunks == [[(0, b"a"), (1, b"b")]]
-    assert (it.stream.step, it.stream.muted) == (4, True)
+    assert (it.stream.step, it.stream.refused) == (4, True)
 
 
 @pytest.mark.parametrize(
@@ -98,6 +124,110 @@ def test_more_or_fewer_chunks_than_requests_are_refused(chunks: object, indexes:
     it = Streaming(count=3)
     it.stream.send_some(chunks, {index: f"r{index}" for index in indexes})
     assert (len(it.refused), it.chunks, it.stream.step) == (1, [], 1)
+
+
+# ── grants ──
+
+
+def send(it: Streaming, steps: int) -> None:
+    for _ in range(steps):
+        it.stream.send(["a", "b"])
+
+
+@pytest.mark.parametrize("answering", [True, False])
+def test_no_step_is_taken_without_a_grant(answering: bool) -> None:
+    it = Streaming(batch(8), grant(7, 4), granted=2, answering=answering)
+    send(it, 2)
+    assert len(it.connection.incoming) == 2  # granted with the batch: nothing is read
+    send(it, 2)
+    assert not it.connection.incoming
+    with pytest.raises(Disconnected):  # it would wait for more
+        send(it, 1)
+    assert it.stream.step == 4
+
+
+@pytest.mark.parametrize("answering", [True, False])
+def test_a_cancelled_stream_ends_on_every_rank_behind_the_last_granted_step(answering: bool) -> None:
+    it = Streaming(grant(7, 3), cancel(7, 3), granted=2, answering=answering)
+    send(it, 3)
+    for _ in range(2):  # also for a handler that has swallowed it
+        with pytest.raises(Cancelled):
+            send(it, 1)
+    assert it.stream.step == 3
+    assert it.stream.cancelled
+    assert it.steps == ([1, 2, 3] if answering else [])
+
+
+def test_a_cancel_that_a_rank_has_read_early_changes_nothing() -> None:
+    """A rank that waits for nothing must not leave before one that does."""
+    it = Streaming(cancel(7, 2), batch(8), granted=2)
+    send(it, 1)
+    assert it.inbox.next().seq == 8
+    assert it.stream.cancelled
+    send(it, 1)
+    with pytest.raises(Cancelled):
+        send(it, 1)
+
+
+def test_chunks_for_some_requests_wait_for_grants_too() -> None:
+    it = Streaming(cancel(7, 1), granted=1)
+    it.stream.send_some(["x"], {1: "r1"})
+    for chunks in (["x"], ["too", "many"]):
+        with pytest.raises(Cancelled):
+            it.stream.send_some(chunks, {1: "r1"})
+    assert (it.steps, it.refused) == ([1], [])
+
+
+def test_a_step_is_shown_before_it_is_waited_for() -> None:
+    """The server cancels a stream only once every rank has been seen to take part in it."""
+    it = Streaming(cancel(7, 0), granted=0, answering=False)
+    with pytest.raises(Cancelled):
+        send(it, 1)
+    assert it.slot.log == ["step 1 of 7"]
+
+
+def test_a_rank_whose_chunk_was_refused_runs_to_its_end_with_the_others() -> None:
+    it = Streaming(grant(7, 2**62), granted=2)
+    send(it, 1)
+    it.stream.send(["one too few"])
+    send(it, 100)
+    assert (it.stream.step, it.steps, len(it.refused)) == (102, [1], 1)
+
+
+def test_a_worker_that_ends_ends_its_streams() -> None:
+    it = Streaming(SHUTDOWN, granted=1)
+    send(it, 1)
+    with pytest.raises(Cancelled):
+        send(it, 1)
+    assert not it.stream.cancelled  # by its clients it is not
+
+
+@pytest.mark.parametrize("bad", [False, True])
+def test_nothing_goes_out_behind_the_end_of_a_batch(bad: bool) -> None:
+    it = Streaming(cancel(7, 2), granted=2)
+    send(it, 1)
+    it.stream.end()
+    it.stream.send(["one too few"] if bad else ["a", "b"])
+    assert (it.stream.step, it.steps, it.refused) == (2, [1], [])
+    with pytest.raises(Cancelled):  # a thread that is still at it leaves with those of the other ranks
+        send(it, 1)
+
+
+def test_a_thread_that_waits_for_a_grant_when_its_batch_ends_is_let_go() -> None:
+    connection = PacedConnection()
+    it = Streaming(granted=0)
+    it.stream._inbox = inbox = Inbox(connection)
+    thread = Running(send, it, 1)
+    assert connection.read.wait(DEADLINE_S)
+    it.stream.end()
+    inbox.finished(7)
+    connection.give(batch(8))
+    thread.result()
+    assert it.connection.sent == []
+    assert inbox.next().seq == 8
+
+
+# ── what can be sent ──
 
 
 def test_status_and_headers_are_those_of_the_moment() -> None:

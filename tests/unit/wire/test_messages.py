@@ -36,7 +36,7 @@ REQUEST = RequestMeta("id-1", ((b"Accept", b"*/*"), (b"X", b"\xff")), (Part("bod
 EXAMPLES: list[Message] = [
     Hello(1, 1, 2, 4711, "w1", "secret"),
     Progress("weights", 3, 12),
-    Loaded(1.5),
+    Loaded(1.5, probes=True),
     Failure("own", "ValueError", "no ä", "/a.py:3", "Traceback …", 1, (0, 1), 418),
     Answers((Answer(0, 2, 404, "Not here", (("a", "b"), ("a", "c"))), Answer(3, 0)), step=9),
     Load("m", "1.0", "/m", "handler.py:H", 8, True, False),

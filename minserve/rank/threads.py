@@ -1,0 +1,102 @@
+"""The threads that a handler starts in a batch: a cancelled one is over only when they are.
+
+A thread that generates may still be in the middle of a collective when the stream that it feeds is cancelled. The next
+batch's collectives, from the main thread, would pair up with it.
+"""
+
+from __future__ import annotations
+
+import sys
+import threading
+import time
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from collections.abc import Set
+    from types import FrameType
+
+LOOK_S = 0.01
+STILL_LOOKS = 5
+# Where a thread stands that does nothing until another one tells it to: it waits for an event, a queue or a thread's end, or
+# is a pool's idle worker. Such threads are often started in a batch and kept for good. The functions count, for in `run` of
+# these files stands a thread that was given something written in C to do, perhaps the wait for a collective.
+_WAITING_IN = {
+    ("threading.py", "wait"),
+    ("threading.py", "_wait_for_tstate_lock"),
+    ("threading.py", "join"),  # from Python 3.13 on
+    ("concurrent/futures/thread.py", "_worker"),
+}
+# Threads of libraries, started with the first progress bar or compilation, that never end. They work for nobody's stream.
+_APART = ("/tqdm/_monitor.py", "/torch/_inductor/compile_worker/subproc_pool.py")
+# A thread that waits in here for its grant is about to be told that it gets none.
+_OURS = "/minserve/rank/inbox.py"
+
+
+def alive() -> Set[threading.Thread]:
+    """The threads there are."""
+    return set(threading.enumerate())
+
+
+def wait_for_end(others: Set[threading.Thread]) -> None:
+    """Waits until every thread that is not among `others` has ended, or only waits for somebody.
+
+    Without a limit of its own: the server watches this rank, and ends it when the batch takes too long.
+    """
+    before: dict[threading.Thread, tuple[FrameType, int] | None] = {}
+    still = 0
+    while True:
+        places = _places(others)
+        if not places:
+            return
+        # Threads that work together wait for each other, too, but not for long.
+        still = still + 1 if places == before and all(map(_only_waits, places.values())) else 0
+        if still == STILL_LOOKS:
+            return
+        before = places
+        time.sleep(LOOK_S)  # there is no event for "it waits"
+
+
+def _places(others: Set[threading.Thread]) -> dict[threading.Thread, tuple[FrameType, int] | None]:
+    """Where each other thread is: its innermost call and the instruction there; None for one that is about to begin."""
+    frames = sys._current_frames()
+    places: dict[threading.Thread, tuple[FrameType, int] | None] = {}
+    for thread in threading.enumerate():
+        if thread in others:
+            continue
+        if thread.ident is None:
+            places[thread] = None
+        elif (frame := frames.get(thread.ident)) is not None and not _passes(frame, _APART):
+            places[thread] = frame, frame.f_lasti
+    return places
+
+
+def _only_waits(place: tuple[FrameType, int] | None) -> bool:
+    """Whether it does nothing until another thread tells it to: one that waits with a time limit goes on by itself."""
+    if place is None:
+        return False
+    frame, _ = place
+    at_rest = any(
+        frame.f_code.co_name == name and frame.f_code.co_filename.endswith(f"/{file}") for file, name in _WAITING_IN
+    )
+    return at_rest and frame.f_locals.get("timeout") in (None, -1) and not _passes(frame, (_OURS,))
+
+
+def _passes(frame: FrameType, files: tuple[str, ...]) -> bool:
+    """Whether a call or one of its callers is in one of these files."""
+    caller: FrameType | None = frame
+    while caller is not None:
+        if caller.f_code.co_filename.endswith(files):
+            return True
+        caller = caller.f_back
+    return False
+
+
+def ignore_cancelled(cancelled: type[BaseException]) -> None:
+    """Lets a thread that a cancel ends go without a traceback on stderr: nothing is wrong."""
+    report = threading.excepthook
+
+    def hook(arguments: threading.ExceptHookArgs) -> None:
+        if not issubclass(arguments.exc_type, cancelled):
+            report(arguments)
+
+    threading.excepthook = hook
