@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import asyncio
+import functools
 import heapq
 import itertools
-from collections.abc import Callable, Sequence
+import selectors
+from collections.abc import Callable, Coroutine, Sequence
+from typing import ParamSpec
 
 from minserve.wire.frames import FROM_SERVER, Frame, FrameReader
 from minserve.wire.messages import Buffer
+
+P = ParamSpec("P")
 
 
 class FakeHandle:
@@ -77,3 +83,41 @@ def feed(reader: FrameReader, data: bytes) -> list[Frame]:
         frames += reader.received(count)
         data = data[count:]
     return frames
+
+
+class FakeTimeLoop(asyncio.SelectorEventLoop):
+    """An event loop that never waits: when nothing is left to do, it is already the time of the next timer."""
+
+    def __init__(self) -> None:
+        self._now = 1000.0
+        super().__init__(_NoWait(self))
+
+    def time(self) -> float:
+        return self._now
+
+    def advance(self, seconds: float) -> None:
+        self._now += seconds
+
+
+class _NoWait(selectors.SelectSelector):
+    def __init__(self, loop: FakeTimeLoop) -> None:
+        super().__init__()
+        self._loop = loop
+
+    def select(self, timeout: float | None = None) -> list[tuple[selectors.SelectorKey, int]]:
+        ready = super().select(0)
+        if not ready:
+            assert timeout is not None, "everyone waits, and nothing is left that could happen"
+            self._loop.advance(timeout)
+        return ready
+
+
+def in_fake_time(test: Callable[P, Coroutine[object, object, None]]) -> Callable[P, None]:
+    """Runs a test on a FakeTimeLoop, where sleeping takes no time."""
+
+    @functools.wraps(test)
+    def run(*args: P.args, **kwargs: P.kwargs) -> None:
+        with asyncio.Runner(loop_factory=FakeTimeLoop) as runner:
+            runner.run(test(*args, **kwargs))
+
+    return run

@@ -13,6 +13,7 @@ from collections import deque
 from typing import TYPE_CHECKING, Protocol
 
 from minserve.dispatch.clock import Alarm
+from minserve.dispatch.rate import Rate
 from minserve.errors import DeadlineExceeded, MinServeError, QueueFull
 
 if TYPE_CHECKING:
@@ -40,14 +41,19 @@ class Dispatcher:
         batch_size: most requests in a batch.
         max_delay: seconds the oldest request may wait for company; 0 means none waits.
         queue_limit: most requests that wait; those being worked on do not count.
+        retries: how often a request is sent again whose worker failed with it in flight.
     """
 
-    def __init__(self, clock: Clock, model: str, batch_size: int, max_delay: float, queue_limit: int) -> None:
+    def __init__(
+        self, clock: Clock, model: str, batch_size: int, max_delay: float, queue_limit: int, retries: int = 0
+    ) -> None:
         self._clock = clock
         self._model = model
         self._batch_size = batch_size
         self._max_delay = max_delay
         self._queue_limit = queue_limit
+        self._retries = retries
+        self._rate = Rate(clock)
         self._queue: deque[Request] = deque()
         self._live: set[Request] = set()  # queued and in flight
         self._lanes: deque[Lane] = deque()
@@ -67,16 +73,16 @@ class Dispatcher:
         if self._refusal is not None:
             raise self._refusal.with_traceback(None)
         if len(self._queue) >= self._queue_limit:
-            raise QueueFull(
-                f'Model "{self._model}": {len(self._queue)} requests wait already, jobQueueSize allows no more'
-            )
+            raise self._full()
         request.arrived = self._clock.time()
         self._queue.append(request)
         self._live.add(request)
         self._deadline_alarm.at(request.deadline)
         self.wake()
         try:
-            return await request.reply
+            reply = await request.reply
+            self._rate.count()
+            return reply
         except asyncio.CancelledError:  # perhaps with the answer already there, and nobody to take it
             self._withdraw(request)
             raise
@@ -111,10 +117,24 @@ class Dispatcher:
         """Requests are admitted again after `refuse`."""
         self._refusal = None
 
-    def configure(self, batch_size: int, max_delay: float, queue_limit: int) -> None:
+    def configure(self, batch_size: int, max_delay: float, queue_limit: int, retries: int) -> None:
         """Takes over changed options; what waits already stays."""
         self._batch_size, self._max_delay, self._queue_limit = batch_size, max_delay, queue_limit
+        self._retries = retries
         self.wake()
+
+    def retry(self, requests: list[Request], error: MinServeError) -> None:
+        """A worker has failed with these in flight: those that may be tried again wait again, in front, the others fail."""
+        again = [request for request in requests if self._may_retry(request)]
+        for request in requests:
+            if request not in again:
+                request.fail(error)
+        for request in reversed(again):
+            request.attempts += 1
+            request.worker = ""
+            self._queue.appendleft(request)
+        if again:
+            self.wake()
 
     def attach(self, lane: Lane) -> None:
         """A worker is ready for batches."""
@@ -146,7 +166,7 @@ class Dispatcher:
 
     def _cut(self) -> None:
         while self._queue:
-            if len(self._queue) < self._batch_size and self._max_delay:
+            if len(self._queue) < self._batch_size and self._max_delay and not self._queue[0].attempts:
                 due = self._queue[0].arrived + self._max_delay
                 if self._clock.time() < due:
                     self._cut_alarm.at(due)
@@ -175,16 +195,34 @@ class Dispatcher:
         return None
 
     def _take(self) -> list[Request]:
-        """Up to a batch of requests whose clients still wait."""
+        """Up to a batch of requests whose clients still wait. One that is tried again travels alone.
+
+        It may be what killed its last worker, and then shall not take others along.
+        """
         now = self._clock.time()
         batch: list[Request] = []
-        while self._queue and len(batch) < self._batch_size:
+        while self._queue and len(batch) < self._batch_size and not (batch and self._queue[0].attempts):
             request = self._queue.popleft()
             if request.deadline <= now:
                 request.fail(self._too_late(request))
             elif not request.reply.done():
                 batch.append(request)
+                if request.attempts:
+                    break
         return batch
+
+    def _may_retry(self, request: Request) -> bool:
+        if request.reply.done() or request.stream is not None or self._refusal is not None:
+            return False
+        return request.attempts < self._retries and request.deadline > self._clock.time()
+
+    def _full(self) -> QueueFull:
+        error = QueueFull(
+            f'Model "{self._model}": {len(self._queue)} requests wait already, jobQueueSize allows no more'
+        )
+        rate = self._rate.per_second()
+        error.retry_after = len(self._queue) / rate if rate else None
+        return error
 
     def _withdraw(self, request: Request) -> None:
         """The client has left. In flight the ranks finish all the same, and nobody takes the answer."""

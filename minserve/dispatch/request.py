@@ -9,27 +9,41 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Sequence
 
     from minserve.wire.messages import Answer, Buffer, RequestMeta
 
 
 class Stream:
-    """The chunks of one streaming answer on their way from rank 0 to the client."""
+    """The chunks of one streaming answer on their way from rank 0 to the client.
 
-    __slots__ = ("_chunks", "_ended", "_error", "_waiter", "muted")
+    Args:
+        room: bytes of chunks that may wait before the ranks are to pause.
+        on_change: called when it has room again, and when the client has left.
+    """
 
-    def __init__(self) -> None:
+    __slots__ = ("_chunks", "_ended", "_error", "_on_change", "_room", "_waiter", "_waiting", "muted")
+
+    def __init__(self, room: int, on_change: Callable[[], None]) -> None:
+        self._room = room
+        self._on_change = on_change
         self._chunks: deque[Buffer] = deque()
+        self._waiting = 0  # bytes of them
         self._waiter: asyncio.Future[None] | None = None
         self._ended = False
         self._error: Exception | None = None
         self.muted = False  # the client has left: what still comes is dropped
 
+    @property
+    def has_room(self) -> bool:
+        """Whether the client keeps up."""
+        return self._waiting < self._room
+
     def put(self, chunk: Buffer) -> None:
         """One more chunk."""
         if not self.muted and not self._ended:
             self._chunks.append(chunk)
+            self._waiting += len(chunk)
             self._wake()
 
     def end(self, error: Exception | None = None) -> None:
@@ -40,9 +54,13 @@ class Stream:
             self._wake()
 
     def mute(self) -> None:
-        """The client has left."""
-        self.muted = True
-        self._chunks.clear()
+        """The client has left, or has got all of it."""
+        if not self.muted:
+            self.muted = True
+            self._chunks.clear()
+            self._waiting = 0
+            if not self._ended:
+                self._on_change()
 
     async def next(self) -> Buffer | None:
         """The next chunk, None at the end.
@@ -57,7 +75,12 @@ class Stream:
                 return None
             self._waiter = asyncio.get_running_loop().create_future()
             await self._waiter
-        return self._chunks.popleft()
+        had_room = self.has_room
+        chunk = self._chunks.popleft()
+        self._waiting -= len(chunk)
+        if self.has_room and not had_room:
+            self._on_change()
+        return chunk
 
     def _wake(self) -> None:
         if self._waiter is not None and not self._waiter.done():
@@ -79,7 +102,8 @@ class Reply:
 class Request:
     """One client's request: `meta` and `bodies` as every rank gets them, and where its answer goes.
 
-    `deadline` is a time on the dispatcher's clock. `reply` is set exactly once. `worker` is empty while it waits.
+    `deadline` is a time on the dispatcher's clock. `reply` is set exactly once. `worker` is empty while it waits. `attempts`
+    counts the workers that failed with it in flight.
     """
 
     meta: RequestMeta
@@ -88,6 +112,7 @@ class Request:
     reply: asyncio.Future[Reply]
     arrived: float = 0.0
     worker: str = ""
+    attempts: int = 0
     stream: Stream | None = field(default=None)
 
     def answer(self, answer: Answer, body: Buffer) -> None:
@@ -99,10 +124,19 @@ class Request:
         elif not self.reply.done():
             self.reply.set_result(Reply(answer.status, answer.reason, answer.headers, body))
 
-    def chunk(self, answer: Answer, body: Buffer) -> None:
-        """One chunk of a stream. The first one is the answer to the deadline; from then on responseTimeout watches."""
+    @property
+    def left(self) -> bool:
+        """Whether nobody waits for what is still to come: the client has gone, or has had its answer."""
+        return self.reply.done() if self.stream is None else self.stream.muted
+
+    def chunk(self, answer: Answer, body: Buffer, room: int, on_change: Callable[[], None]) -> None:
+        """One chunk of a stream. The first one is the answer to the deadline; from then on responseTimeout watches.
+
+        Args:
+            room, on_change: of the stream, see `Stream`.
+        """
         if self.stream is None:
-            self.stream = Stream()
+            self.stream = Stream(room, on_change)
             self.deadline = math.inf
             if self.reply.done():
                 self.stream.muted = True

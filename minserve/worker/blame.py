@@ -2,7 +2,8 @@
 
 When one rank dies the others report collective errors, sometimes first, and torchrun SIGTERMs them. So causes are gathered
 for a moment and ranked: a death outranks an exception; among deaths the agent's comes first, then the earliest that was not
-by SIGTERM; among exceptions one of a rank's own outranks a collective's, which most likely is a victim's.
+by SIGTERM; among exceptions one of a rank's own outranks a collective's, which most likely is a victim's: even a rank that
+says nothing at all is more suspicious. Which one says nothing when several wait for each other, `hang` finds out.
 """
 
 from __future__ import annotations
@@ -15,6 +16,8 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
+# Within which a dying process, whose socket is closed already, has its exit code: a busy machine may take its time.
+SOCKET_GATHER_S = 0.3
 DEATH_GATHER_S = 0.15  # torchrun looks at its ranks every 0.1 s: by then the siblings' deaths are in, too
 AGENT = -1  # stands where a rank's number would
 
@@ -25,8 +28,10 @@ class What(enum.IntEnum):
     PROTOCOL = 0  # a rank sent what it must not: nothing it did later counts
     DEATH = 1
     EXCEPTION = 2
-    COLLECTIVE = 3
-    SILENCE = 4  # no answer in time
+    PROBE = 3  # the handler's own check failed
+    STALL = 4  # stopped, stuck in the kernel, or without a heartbeat
+    SILENCE = 5  # no answer in time
+    COLLECTIVE = 6
 
 
 @dataclass(frozen=True, slots=True)

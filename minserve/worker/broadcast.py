@@ -11,17 +11,20 @@ mixed. Three rules make that a property of this file:
 
 from __future__ import annotations
 
+import functools
 import logging
 import math
 from collections import deque
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING
 
 from minserve.dispatch.clock import Alarm
-from minserve.errors import HandlerError, HandlerOutOfMemory, WireError
-from minserve.wire.frames import Kind, header
-from minserve.wire.messages import Answers, Batch, Failure, pack_with_body, split_body, unpack
+from minserve.errors import HandlerError, HandlerOutOfMemory, MinServeError, WireError
+from minserve.telemetry.events import EventKind
+from minserve.wire.frames import PROBE, Kind, header
+from minserve.wire.messages import Answers, Batch, Failure, pack, pack_with_body, split_body, unpack
 from minserve.worker.blame import Cause, What, culprit
+from minserve.worker.outstanding import Outstanding
+from minserve.worker.streams import Streams
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -30,48 +33,13 @@ if TYPE_CHECKING:
     from minserve.dispatch.request import Request
     from minserve.wire.frames import Frame
     from minserve.wire.messages import Answer, Buffer
+    from minserve.worker.outstanding import Limits, RankLink
+    from minserve.worker.recorder import Recorder
 
 logger = logging.getLogger(__name__)
 
-
 # Up to here one copy of the whole frame costs less than handing its pieces to every link.
 SMALL_BYTES = 16 * 1024
-
-
-class RankLink(Protocol):
-    """What the broadcast needs of a link; `Link` in life, an in-memory one in tests."""
-
-    rank: int
-    pid: int
-    has_room: bool
-
-    def write(self, pieces: Sequence[Buffer]) -> None:
-        """Queues a frame."""
-
-
-@dataclass(frozen=True, slots=True)
-class Limits:
-    """How many batches may be under way and how long each may take, in seconds."""
-
-    in_flight: int
-    response_timeout: float
-    first_batch_timeout: float
-    error_grace: float
-    reply_after_all: bool = False
-
-
-@dataclass(slots=True)
-class Outstanding:
-    """A batch that every rank has been sent."""
-
-    seq: int
-    requests: list[Request]
-    limit: float  # seconds it may take, or until the next chunk
-    due: float  # when the worker fails for it
-    failures: dict[int, Failure] = field(default_factory=dict)
-    causes: list[Cause] = field(default_factory=list)  # the same, as causes
-    held: Frame | None = None  # rank 0's reply, while other ranks' DONE is waited for
-    done: set[int] = field(default_factory=set)
 
 
 class Broadcast:
@@ -81,8 +49,17 @@ class Broadcast:
         links: one per rank, in rank order.
         limits: see `Limits`.
         who: "model/worker" for messages.
+        steps: how many steps of a stream a rank has counted in a batch: rank, seq → number.
         on_free: a place has come free.
-        on_broken: the group cannot go on; the cause is the one found among this file's causes.
+        on_broken: the group cannot go on; the cause is the one found among this file's causes. Of a `SILENCE` the rank is a
+            guess, and `seq` the batch that does not end.
+        on_lost: the worker has failed with these requests in flight.
+        on_event: something that costs no restart but that an operator wants to know: kind, detail, rank, pid.
+
+    Attributes:
+        batches_done: without probes.
+        recorder: told of each batch as it goes out, and how it ended; None as long as nobody asks for a recording.
+        replied: seq of the last batch that rank 0 is through with.
     """
 
     def __init__(
@@ -91,8 +68,11 @@ class Broadcast:
         links: Sequence[RankLink],
         limits: Limits,
         who: str,
+        steps: Callable[[int, int], int],
         on_free: Callable[[], None],
-        on_broken: Callable[[Cause], None],
+        on_broken: Callable[[Cause, int], None],
+        on_lost: Callable[[list[Request], MinServeError], None],
+        on_event: Callable[[EventKind, str, int, int], None],
     ) -> None:
         self._clock = clock
         self._links = links
@@ -100,8 +80,11 @@ class Broadcast:
         self._who = who
         self._on_free = on_free
         self._on_broken = on_broken
+        self._on_lost = on_lost
+        self._on_event = on_event
         self._seq = 0
         self._outstanding: dict[int, Outstanding] = {}
+        self._streams = Streams(links, limits, steps)
         self._due_alarm = Alarm(clock, self._look_at_due)
         self._grace_alarm = Alarm(clock, self._grace_over)
         # Exceptions of the batches that are in doubt. While there are any, no new batch goes out.
@@ -110,6 +93,8 @@ class Broadcast:
         self._continued: deque[tuple[int, str, str]] = deque(maxlen=64)
         self._crowded_until = math.inf  # how long it is borne that a link has no room
         self.batches_done = 0
+        self.recorder: Recorder | None = None
+        self.replied = 0
 
     # ── to the ranks ──
 
@@ -130,20 +115,34 @@ class Broadcast:
 
     def send(self, requests: list[Request]) -> None:
         """Broadcasts one batch."""
-        meta = Batch(tuple(request.meta for request in requests))
+        meta = Batch(tuple(request.meta for request in requests), self._limits.stream_ahead)
         bodies = [body for request in requests for body in request.bodies]
         pieces = pack_with_body(Kind.BATCH, meta, bodies, self._seq + 1)
         if sum(map(len, pieces)) <= SMALL_BYTES:
             pieces = [b"".join(pieces)]
-        self._seq += 1  # only now: a batch that cannot be encoded must not leave a gap
         for request in requests:
             request.worker = self._who
+        self._write(pieces, requests)  # only now: a batch that cannot be encoded must not leave a gap in the numbers
+        if self.recorder is not None:
+            self.recorder.batch(self._seq, requests)
+
+    def probe(self, on_passed: Callable[[], None] | None = None) -> None:
+        """Sends the handler's probe through all ranks: a batch without requests.
+
+        Args:
+            on_passed: called when every rank has passed it.
+        """
+        self._write([pack(Kind.BATCH, Batch(()), self._seq + 1, PROBE)], [])
+        self._outstanding[self._seq].on_passed = on_passed
+
+    def _write(self, pieces: Sequence[Buffer], requests: list[Request]) -> None:
+        self._seq += 1
         for link in self._links:  # no await here, ever: this loop is what makes the order common to all ranks
             link.write(pieces)
         limit = self._limits.response_timeout if self.batches_done else self._limits.first_batch_timeout
         # A batch behind others counts from when it becomes the oldest, see _finish.
         due = self._clock.time() + limit if not self._outstanding else math.inf
-        self._outstanding[self._seq] = Outstanding(self._seq, requests, limit, due)
+        self._outstanding[self._seq] = Outstanding(self._seq, requests, limit, due, self._limits.stream_ahead)
         self._due_alarm.at(due)
 
     @property
@@ -151,14 +150,23 @@ class Broadcast:
         """Whether a batch is under way."""
         return bool(self._outstanding)
 
-    def fail_all(self, error: Exception) -> None:
-        """Answers every request in flight with an error; the group is gone."""
+    def fail_all(self, error: MinServeError) -> None:
+        """Hands back every request in flight; the group is gone."""
         self._due_alarm.stop()
         self._grace_alarm.stop()
         outstanding, self._outstanding = self._outstanding, {}
-        for batch in outstanding.values():
-            for request in batch.requests:
-                request.fail(error)
+        if self.recorder is not None:
+            for seq in outstanding:
+                self.recorder.ended(seq, str(error))
+        requests = [request for batch in outstanding.values() for request in batch.requests]
+        if requests:
+            self._on_lost(requests, error)
+
+    def look(self) -> None:
+        """Twice a second: finds clients that left before the first chunk, and ranks that were not ready for a cancel."""
+        for batch in list(self._outstanding.values()):
+            if batch.requests and all(request.left for request in batch.requests):
+                self._streams.govern(batch)
 
     # ── from a rank ──
 
@@ -185,14 +193,14 @@ class Broadcast:
             raise WireError(f"{frame.kind.name} from rank {link.rank}: only rank 0 answers")
         elif frame.kind is Kind.CHUNK:
             self._chunk(batch, frame)
-        elif self._limits.reply_after_all:
+        elif self._limits.reply_after_all or not batch.requests:  # a probe is over when all ranks are through
             batch.held = frame
             self._done(link, batch)
         else:
             self._reply(batch, frame)
 
     def _reply(self, batch: Outstanding, frame: Frame) -> None:
-        answers = self._answers(batch, frame)
+        answers = self._answers(batch, unpack(Answers, frame.meta).answers, frame)
         if len(answers) != len(batch.requests):
             raise WireError(f"REPLY with {len(answers)} answers to a batch of {len(batch.requests)}")
         # Another rank has raised: they are not at the same place, and this answer is not to be trusted.
@@ -204,16 +212,29 @@ class Broadcast:
         self._finish(batch)
 
     def _chunk(self, batch: Outstanding, frame: Frame) -> None:
+        meta = unpack(Answers, frame.meta)
+        if not batch.step < meta.step <= batch.granted:
+            raise WireError(f"CHUNK of step {meta.step} behind step {batch.step}, with {batch.granted} granted")
+        batch.step = meta.step
         if batch.failures:
             return  # nor is this chunk; whether the failure is in step is still open
-        for answer, body in self._answers(batch, frame):
-            batch.requests[answer.index].chunk(answer, body)
+        if batch.on_change is None:
+            batch.on_change = functools.partial(self._clients_changed, batch)
+        for answer, body in self._answers(batch, meta.answers, frame):
+            batch.requests[answer.index].chunk(answer, body, self._limits.stream_buffer, batch.on_change)
         batch.limit = self._limits.response_timeout
-        batch.due = self._clock.time() + batch.limit
+        self._clients_changed(batch)
+
+    def _clients_changed(self, batch: Outstanding) -> None:
+        """A client has more or less to read, or has left: the ranks may go on, or must wait, and the clock with them."""
+        if batch.seq not in self._outstanding:
+            return
+        self._streams.govern(batch)
+        waits = batch.waits_for_grant and not batch.cancelled
+        batch.due = math.inf if waits else self._clock.time() + batch.limit
         self._due_alarm.at(batch.due)
 
-    def _answers(self, batch: Outstanding, frame: Frame) -> list[tuple[Answer, Buffer]]:
-        answers = unpack(Answers, frame.meta).answers
+    def _answers(self, batch: Outstanding, answers: tuple[Answer, ...], frame: Frame) -> list[tuple[Answer, Buffer]]:
         if len(answers) == 1 and answers[0].index == 0 and answers[0].length == len(frame.body):
             return [(answers[0], frame.body)]  # the usual case without batching
         indexes = [answer.index for answer in answers]
@@ -226,9 +247,19 @@ class Broadcast:
         if len(batch.done) == len(self._links) and batch.held is not None:
             self._reply(batch, batch.held)
 
-    def _finish(self, batch: Outstanding) -> None:
+    def _finish(self, batch: Outstanding, error: str = "") -> None:
         del self._outstanding[batch.seq]
-        self.batches_done += 1
+        if self.recorder is not None:
+            self.recorder.ended(batch.seq, error)
+        if batch.cancelled:
+            detail = (
+                f"{self._who}: batch {batch.seq} ended at step {batch.granted}: every client of its stream had left"
+            )
+            self._on_event(EventKind.STREAM_CANCELLED, detail, 0, self._links[0].pid)
+        if batch.on_passed is not None:
+            batch.on_passed()
+        self.replied = max(self.replied, batch.seq)
+        self.batches_done += bool(batch.requests)
         if self._outstanding:
             oldest = next(iter(self._outstanding.values()))
             oldest.limit = self._limits.response_timeout
@@ -239,14 +270,16 @@ class Broadcast:
     # ── exceptions ──
 
     def _failed(self, link: RankLink, batch: Outstanding, failure: Failure) -> None:
-        self._log(link, batch.seq, failure)
+        if failure.kind != "cancelled":
+            self._log(link, batch.seq, failure)
         if failure.kind == "refused":  # by minserve, after handle returned: every rank is in step
-            self._answer_failed(batch, link.rank, failure)
+            self._streams.release(batch)  # it may have been in mid-stream
+            self._answer_failed(batch, link, failure)
             return
         batch.failures[link.rank] = failure
-        batch.causes.append(_cause(link, failure, self._clock.time()))
+        batch.causes.append(_cause(link, failure, self._clock.time(), probe=not batch.requests))
         self.causes.append(batch.causes[-1])
-        if self._in_step(batch, failure):
+        if self._in_step(batch, failure) and batch.requests:
             # With a pipeline another rank may be a batch ahead and have raised there: that one stays in doubt.
             self.causes = [cause for cause in self.causes if cause not in batch.causes]
             if not self.causes:
@@ -255,7 +288,10 @@ class Broadcast:
             for other in self._links:
                 other.write([header(Kind.CONTINUE, batch.seq, 0, 0)])
             first = batch.failures[min(batch.failures)]  # the same whichever rank's report came last
-            self._answer_failed(batch, first.origin, first)
+            if failure.kind == "cancelled":
+                self._finish(batch)
+            else:
+                self._answer_failed(batch, self._links[first.origin], first)
         elif len(batch.failures) == len(self._links):
             self._break()
         else:
@@ -281,21 +317,36 @@ class Broadcast:
             self._break()
 
     def _break(self) -> None:
-        self._on_broken(culprit(self.causes))
+        cause = culprit(self.causes)
+        silent, seq = self._silent_beside_victims()
+        if cause.what is What.COLLECTIVE and silent is not None:
+            grace = self._limits.error_grace
+            text = f"was still in batch {seq} {grace:g} s after its collective failed on rank {cause.rank}"
+            cause = Cause(What.SILENCE, silent.rank, silent.pid, text, self._clock.time())
+        self._on_broken(cause, seq)
+
+    def _silent_beside_victims(self) -> tuple[RankLink | None, int]:
+        """A rank that has reported nothing about a batch in which others have failed, and that batch."""
+        for batch in self._outstanding.values():
+            for link in self._links:
+                if batch.failures and link.rank not in batch.failures and link.rank not in batch.done:
+                    return link, batch.seq
+        return None, 0
 
     def _log(self, link: RankLink, seq: int, failure: Failure) -> None:
         what = f"{failure.type_name or failure.kind}: {failure.text} in batch {seq} {failure.place}"
         logger.error("%s rank %d (pid %d): %s\n%s", self._who, link.rank, link.pid, what, failure.traceback.rstrip())
 
-    def _answer_failed(self, batch: Outstanding, rank: int, failure: Failure) -> None:
+    def _answer_failed(self, batch: Outstanding, link: RankLink, failure: Failure) -> None:
         what = f"{failure.type_name}: {failure.text}" if failure.type_name else failure.text
-        text = f"Prediction failed: {self._who}, rank {rank}: {what}"
+        text = f"Prediction failed: {self._who}, rank {link.rank}: {what}"
+        self._on_event(EventKind.HANDLER_ERROR, text, link.rank, link.pid)
         error = (HandlerOutOfMemory if failure.kind == "memory" else HandlerError)(text)
         if failure.status:
             error.status = failure.status
         for request in batch.requests:
             request.fail(error)
-        self._finish(batch)
+        self._finish(batch, text)
 
     # ── time ──
 
@@ -306,12 +357,12 @@ class Broadcast:
         if self._crowded_until <= now:
             link = next(link for link in self._links if not link.has_room)
             text = f"has taken no batch for {self._limits.response_timeout:g} s"
-            self._on_broken(Cause(What.SILENCE, link.rank, link.pid, text, now))
+            self._on_broken(Cause(What.SILENCE, link.rank, link.pid, text, now), self._seq)
             return
         self._due_alarm.at(self._crowded_until)
         for batch in self._outstanding.values():
             if batch.due <= now:
-                self._on_broken(culprit([*self.causes, self._silent(batch, now)]))
+                self._on_broken(culprit([*self.causes, self._silent(batch, now)]), batch.seq)
                 return
             self._due_alarm.at(batch.due)
 
@@ -323,6 +374,11 @@ class Broadcast:
         return Cause(What.SILENCE, link.rank, link.pid, text, now)
 
 
-def _cause(link: RankLink, failure: Failure, now: float) -> Cause:
-    what = What.COLLECTIVE if failure.kind == "collective" else What.EXCEPTION
-    return Cause(what, link.rank, link.pid, f"raised {failure.type_name}: {failure.text}", now)
+def _cause(link: RankLink, failure: Failure, now: float, probe: bool = False) -> Cause:
+    what = What.PROBE if probe else What.EXCEPTION
+    if failure.kind == "collective":
+        what = What.COLLECTIVE
+    text = f"raised {failure.type_name}: {failure.text}"
+    if failure.kind == "cancelled":
+        text = "was at another step than other ranks when the stream was cancelled"
+    return Cause(what, link.rank, link.pid, f"{text} in its probe" if probe else text, now)

@@ -15,16 +15,20 @@ import signal
 from typing import TYPE_CHECKING, TypeVar
 
 from minserve.errors import RankProtocolError, ResponseTimeout, WireError, WorkerFailed, WorkerOutOfMemory
+from minserve.wire.board import Board
 from minserve.wire.frames import Kind
 from minserve.wire.messages import Failure, Load, Loaded, Progress, Shutdown, pack, pack_with_body, unpack
 from minserve.worker import endpoints as addressing
-from minserve.worker import launcher
+from minserve.worker import hang, launcher, stacks
 from minserve.worker.acceptor import Acceptor, Expected
-from minserve.worker.blame import AGENT, DEATH_GATHER_S, Cause, What, culprit, describe_exit
+from minserve.worker.blame import AGENT, SOCKET_GATHER_S, Cause, What, describe_exit
 from minserve.worker.broadcast import Broadcast
 from minserve.worker.link import Link
+from minserve.worker.oom import OutOfMemory
 from minserve.worker.output import Output, open_fifo
-from minserve.worker.processes import Watch, kill_tree
+from minserve.worker.processes import Watch, kill_leftovers, kill_tree, process_state
+from minserve.worker.verdict import HANGS, Verdict
+from minserve.worker.watchdog import Watchdog
 
 if TYPE_CHECKING:
     import socket
@@ -32,10 +36,13 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from minserve.dispatch.request import Request
+    from minserve.errors import MinServeError
+    from minserve.telemetry.events import EventKind
     from minserve.wire.frames import Frame
     from minserve.worker.acceptor import Arrival
     from minserve.worker.devices import Devices
     from minserve.worker.endpoints import Endpoints
+    from minserve.worker.recorder import Recorder
     from minserve.worker.spec import ModelSpec
 
 logger = logging.getLogger(__name__)
@@ -54,9 +61,11 @@ class RankGroup:
         slot: number of the worker within its model version; fixes its endpoints.
         directory: the model version's runtime directory.
         on_free: a place has come free, or a link has room again.
+        on_lost: the group has failed with these requests in flight.
+        on_event: see `Broadcast`.
 
     Attributes:
-        failed: done when the group has failed, with the error that requests get.
+        failed: done when the group has failed, with the error that requests get; `cause` says the same in parts.
         pids: of the ranks that have said HELLO, by rank.
         progress: the latest report of each rank while it loads.
     """
@@ -70,6 +79,8 @@ class RankGroup:
         devices: Devices,
         environ: Mapping[str, str],
         on_free: Callable[[], None],
+        on_lost: Callable[[list[Request], MinServeError], None],
+        on_event: Callable[[EventKind, str, int, int], None],
     ) -> None:
         self._spec = spec
         self._who = who
@@ -78,6 +89,8 @@ class RankGroup:
         self._devices = devices
         self._environ = environ
         self._on_free = on_free
+        self._on_lost = on_lost
+        self._on_event = on_event
         self._loop = asyncio.get_running_loop()
         self._incarnation = f"{spec.name}-{slot}-{secrets.token_hex(4)}"
         self._run_directory = directory / f"{slot}.r"
@@ -87,14 +100,17 @@ class RankGroup:
         self._watches: list[Watch] = []
         self._outputs: dict[int, Output] = {}
         self._loaded: dict[int, Loaded] = {}
+        self._load_errors: dict[int, str] = {}  # by rank: type, text and place of what a handler raised in its load
         self._all_loaded = asyncio.Event()
-        self._causes: list[Cause] = []
-        self._verdict: asyncio.TimerHandle | None = None
-        self._ending = False
-        self.agent_pid = 0
+        self._verdict = Verdict(self._exceptions, self._look_closer, self._judged)
+        self._out_of_memory = OutOfMemory(self._loop)
+        self._board: Board | None = None
+        self._watchdog: Watchdog | None = None
         self._broadcast: Broadcast | None = None
+        self.agent_pid = 0
         self.endpoints: Endpoints | None = None
         self.failed: asyncio.Future[WorkerFailed] = self._loop.create_future()
+        self.cause: Cause | None = None
         self.pids: dict[int, int] = {}
         self.progress: dict[int, Progress] = {}
 
@@ -115,6 +131,7 @@ class RankGroup:
         else:
             first = options.port or addressing.FIRST_PORT
             self.endpoints, self._listeners = addressing.listen_tcp(spec.world_size, first)
+        self._board = Board(self._run_directory / "board", spec.world_size)
         for rank in range(spec.world_size):
             fifo = open_fifo(self._run_directory / f"output.{rank}")
             self._outputs[rank] = Output(fifo, f"{self._who} rank {rank}")
@@ -153,10 +170,13 @@ class RankGroup:
             self._arrivals.remove(arrival)
             self._links.append(link)
         self._outputs[AGENT].level = logging.DEBUG  # from here on torchrun only repeats what the ranks tell
-        self._broadcast = Broadcast(self._loop, self._links, self._spec.limits, self._who, self._on_free, self._fail)
+        self._broadcast = Broadcast(
+            *(self._loop, self._links, self._spec.limits, self._who, self._steps),
+            *(self._on_free, self._broken, self._on_lost, self._on_event),
+        )
 
     async def load(self, timeout: float) -> None:
-        """Sends LOAD to every rank and waits until each has answered.
+        """Sends LOAD to every rank and waits until each has answered, and has passed its probe if the handler offers one.
 
         Raises:
             WorkerFailed: a rank could not load, died, or took too long.
@@ -176,12 +196,33 @@ class RankGroup:
         for link in self._links:
             link.write(pieces)
         try:
-            await self._unless_failed(self._all_loaded.wait(), timeout)
+            await self._unless_failed(self._load_and_probe(), timeout)
         except TimeoutError:
+            await self._signs()  # for the log: where each rank is
             behind = [rank for rank in range(spec.world_size) if rank not in self._loaded]
-            at = ", ".join(f"rank {rank}: {self.stage(rank)}" for rank in behind)
+            at = (
+                ", ".join(f"rank {rank}: {self.stage(rank)}" for rank in behind) or "all are loaded, not all are probed"
+            )
             text = f"{self._who}: not loaded within {spec.startup_timeout:g} s ({at})"
             raise WorkerFailed(text, self._last_lines(behind)) from None
+        assert self._broadcast is not None
+        assert self._board is not None
+        self._watchdog = Watchdog(
+            *(self._loop, self._links, self._broadcast, spec.limits, self._board.read, self._verdict.suspect_hang),
+            options.probe_interval if self._probes else 0.0,
+        )
+
+    async def _load_and_probe(self) -> None:
+        await self._all_loaded.wait()
+        if self._probes:
+            assert self._broadcast is not None
+            passed = asyncio.Event()
+            self._broadcast.probe(passed.set)
+            await passed.wait()
+
+    @property
+    def _probes(self) -> bool:
+        return any(loaded.probes for loaded in self._loaded.values())
 
     async def _unless_failed(self, work: Coroutine[object, object, T], timeout: float) -> T:
         """Waits for `work`, no longer than `timeout`, and not at all once the group has failed."""
@@ -203,17 +244,37 @@ class RankGroup:
 
     def has_place(self) -> bool:
         """Whether a batch may be sent now."""
-        return self._broadcast is not None and not self.failed.done() and self._broadcast.has_place()
+        return self._broadcast is not None and not self._verdict.pending and self._broadcast.has_place()
 
     def send(self, requests: list[Request]) -> None:
         """Sends a batch to all ranks."""
         assert self._broadcast is not None
         self._broadcast.send(requests)
 
+    def record(self, recorder: Recorder | None) -> None:
+        """From now on every batch is recorded, by nobody if None. A group that has not connected yet is to be told later."""
+        if self._broadcast is not None:
+            self._broadcast.recorder = recorder
+            if recorder is not None:
+                recorder.begin(self._incarnation)
+
+    @property
+    def suspected(self) -> bool:
+        """Whether something is wrong, whoever is to blame."""
+        return self._verdict.pending
+
     @property
     def busy(self) -> bool:
         """Whether a batch is under way."""
         return self._broadcast is not None and self._broadcast.busy
+
+    @property
+    def through(self) -> bool:
+        """Whether every rank is through with all that rank 0 is."""
+        board, broadcast = self._board, self._broadcast
+        if board is None or broadcast is None:
+            return True
+        return all(board.read(link.rank).finished >= broadcast.replied for link in self._links)
 
     @property
     def served(self) -> bool:
@@ -224,7 +285,7 @@ class RankGroup:
 
     async def end(self, exit_timeout: float) -> None:
         """Ends every process: asks with SHUTDOWN if all ranks are well, waits `exit_timeout`, then kills."""
-        self._ending = True
+        self._verdict.close()
         if self._links and not self.failed.done():
             for link in self._links:
                 link.write([pack(Kind.SHUTDOWN, Shutdown("the worker ends"))])
@@ -233,14 +294,16 @@ class RankGroup:
 
     async def kill(self) -> None:
         """Kills every process, answers what is in flight, and leaves nothing behind. May be called at any time."""
-        self._ending = True
-        if self._verdict is not None:
-            self._verdict.cancel()
+        self._verdict.close()
+        self._out_of_memory.close()
+        if self._watchdog is not None:
+            self._watchdog.stop()
         if self._broadcast is not None:
             self._broadcast.fail_all(WorkerFailed(f"{self._who}: the worker was stopped"))
         if self.agent_pid:
             kill_tree(self.agent_pid, self.pids.values())
             await self._gone(GONE_S, self._watches)
+            kill_leftovers(self._incarnation)
         for link in self._links:
             link.close()
         for arrival in self._arrivals:
@@ -250,6 +313,9 @@ class RankGroup:
             watch.close()
         for output in self._outputs.values():
             output.close()
+        if self._board is not None:
+            self._board.close()
+            self._board = None
         shutil.rmtree(self._run_directory, ignore_errors=True)
 
     async def _gone(self, timeout: float, watches: list[Watch]) -> None:
@@ -261,7 +327,10 @@ class RankGroup:
             left = ", ".join(str(watch.pid) for watch in watches if not watch.ended.is_set())
             logger.warning("%s: still running after %g s: pid %s", self._who, timeout, left)
 
-    # ── what the sockets and the kernel tell ──
+    # ── what the sockets, the board and the kernel tell ──
+
+    def _steps(self, rank: int, seq: int) -> int:
+        return self._board.read(rank).step_of(seq) if self._board is not None else 0
 
     def _rank_arrived(self, arrival: Arrival) -> None:
         rank, pid = arrival.hello.rank, arrival.hello.pid
@@ -295,14 +364,13 @@ class RankGroup:
     def _lost(self, link: Link, reason: str | None) -> None:
         what = What.DEATH if reason is None else What.PROTOCOL
         detail = "closed its socket" if reason is None else f"broke the protocol: {reason}"
-        self._suspect(Cause(what, link.rank, link.pid, detail, self._loop.time()), final=reason is not None)
+        cause = Cause(what, link.rank, link.pid, detail, self._loop.time())
+        self._verdict.suspect(cause, final=reason is not None, gather=SOCKET_GATHER_S)
 
     def _rank_exited(self, rank: int, pid: int, code: int | None) -> None:
-        # Its socket's end may have been seen a moment before; this says more about the same death.
-        self._causes = [cause for cause in self._causes if (cause.rank, cause.what) != (rank, What.DEATH)]
         cause = Cause(What.DEATH, rank, pid, describe_exit(code), self._loop.time(), code)
         # SIGKILL may be the agent's death signal, and then the agent's own end is a moment away.
-        self._suspect(cause, final=not cause.is_consequence and (rank == AGENT or code != -signal.SIGKILL))
+        self._verdict.suspect(cause, final=not cause.is_consequence and (rank == AGENT or code != -signal.SIGKILL))
 
     def _agent_exited(self, code: int | None) -> None:
         self._process.wait()  # it is a zombie now, so this does not block
@@ -311,35 +379,54 @@ class RankGroup:
     def _load_failed(self, link: Link, failure: Failure) -> None:
         text = f"{failure.type_name}: {failure.text} at {failure.place}"
         logger.error("%s rank %d cannot load: %s\n%s", self._who, link.rank, text, failure.traceback.rstrip())
+        self._load_errors[link.rank] = text
         victim = failure.kind == "collective"
         what = What.COLLECTIVE if victim else What.EXCEPTION
         cause = Cause(what, link.rank, link.pid, f"cannot load: {failure.type_name}: {failure.text}", self._loop.time())
         grace = self._spec.config.minserve.error_grace if victim else 0.0
-        self._suspect(cause, final=not victim, gather=grace)
+        self._verdict.suspect(cause, final=not victim, gather=grace)
 
     # ── the verdict ──
 
-    def _suspect(self, cause: Cause, *, final: bool, gather: float = DEATH_GATHER_S) -> None:
-        """Gathers causes; a `final` one ends the gathering."""
-        if self._ending or self.failed.done():
-            return
-        self._causes.append(cause)
-        if final:
-            self._judge()
-        elif self._verdict is None:
-            self._verdict = self._loop.call_later(gather, self._judge)
+    def _broken(self, cause: Cause, seq: int) -> None:
+        if cause.what in HANGS:
+            self._verdict.suspect_hang(cause, seq)
+        else:
+            self._verdict.suspect(cause, final=True)
 
-    def _fail(self, cause: Cause) -> None:
-        self._suspect(cause, final=True)
+    def _exceptions(self) -> list[Cause]:
+        return self._broadcast.causes if self._broadcast is not None else []
 
-    def _judge(self) -> None:
-        if self.failed.done():
-            return
-        exceptions = self._broadcast.causes if self._broadcast is not None else []
-        cause = culprit([*self._causes, *exceptions])
-        kinds = {What.PROTOCOL: RankProtocolError, What.SILENCE: ResponseTimeout}
-        kind = WorkerOutOfMemory if cause.exit_code == EXIT_OUT_OF_MEMORY else kinds.get(cause.what, WorkerFailed)
-        error = kind(f"{self._who}: {cause}", self._last_lines([cause.rank]))
+    async def _look_closer(self, noticed: Cause, seq: int) -> Cause:
+        """Who hangs. Everything that is seen goes to the log."""
+        suspects = set(range(self._spec.world_size)) - {cause.rank for cause in self._exceptions()}
+        return hang.find(await self._signs(), sorted(suspects), seq, noticed)
+
+    async def _signs(self) -> list[hang.Signs]:
+        """What can be seen of each rank that has come, its Python stack too; logged."""
+        found = await stacks.ask(self._run_directory, self.pids)
+        if self._board is None:  # the group was killed meanwhile
+            return []
+        silent = self._watchdog.silent if self._watchdog is not None else [0.0] * self._spec.world_size
+        signs = [
+            hang.Signs(rank, pid, process_state(pid), silent[rank], self._board.read(rank), found.get(rank))
+            for rank, pid in sorted(self.pids.items())
+        ]
+        for one in signs:
+            logger.error("%s: %s\n%s", self._who, one, one.stack.text.rstrip() if one.stack else "    no stack")
+        return signs
+
+    def _judged(self, cause: Cause) -> None:
+        self.cause = cause
+        kinds = {What.PROTOCOL: RankProtocolError, What.SILENCE: ResponseTimeout, What.STALL: ResponseTimeout}
+        kind, hint = kinds.get(cause.what, WorkerFailed), ""
+        if cause.exit_code == EXIT_OUT_OF_MEMORY:
+            kind = WorkerOutOfMemory
+        elif cause.exit_code == -signal.SIGKILL and self._out_of_memory.lately():
+            kind, hint = WorkerOutOfMemory, ": the kernel's out-of-memory killer was at work"
+        error = kind(
+            f"{self._who}: {cause}{hint}", self._last_lines([cause.rank]), self._load_errors.get(cause.rank, "")
+        )
         self.failed.set_result(error)
         if self._broadcast is not None:
             self._broadcast.fail_all(error)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import ctypes
 import os
+import resource
 import signal
 import socket
 import subprocess
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
 
 PR_SET_PDEATHSIG = 1  # prctl(2)
 _libc = ctypes.CDLL(None, use_errno=True)  # loaded here: between fork and exec nothing may be imported
+_open_files = resource.getrlimit(resource.RLIMIT_NOFILE)  # as the user set it, before the server raises its own
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,7 +52,8 @@ def plan(
     """Builds the launch of one incarnation of a worker.
 
     Args:
-        run_directory: this incarnation's own; holds the rendezvous file, torchrun's logs and the ranks' log pipes.
+        run_directory: this incarnation's own; holds the rendezvous file, torchrun's logs, the ranks' log pipes and
+            the board.
         incarnation: unlike any other of this server; also the rendezvous id.
     """
     rank = ("-m", "minserve.rank")
@@ -64,7 +67,7 @@ def plan(
         "MINSERVE_BASE": str(endpoints.base),
         "MINSERVE_WORKER": incarnation,
         "MINSERVE_SECRET": secret,
-        "MINSERVE_OUTPUT": str(run_directory / "output"),
+        "MINSERVE_DIRECTORY": str(run_directory),
         "MINSERVE_LOG_LEVEL": "debug" if spec.debug else "info",
         "PYTHONPATH": _import_path(spec.model_dir, environ),
         "OMP_NUM_THREADS": str(spec.config.torchrun.omp_num_threads),
@@ -130,10 +133,11 @@ def spawn(launch: Launch, environ: Mapping[str, str]) -> subprocess.Popen[bytes]
     """
     server = os.getpid()
 
-    def die_with_the_server() -> None:
+    def before_exec() -> None:
         _libc.prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
         if os.getppid() != server:  # it died before the line above
             os.kill(os.getpid(), signal.SIGKILL)
+        resource.setrlimit(resource.RLIMIT_NOFILE, _open_files)
 
     process = subprocess.Popen(
         launch.command,
@@ -143,7 +147,7 @@ def spawn(launch: Launch, environ: Mapping[str, str]) -> subprocess.Popen[bytes]
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         start_new_session=True,  # Ctrl-C on the terminal is for the server, which then drains
-        preexec_fn=die_with_the_server,
+        preexec_fn=before_exec,
     )
     assert process.stdout is not None
     os.set_blocking(process.stdout.fileno(), False)

@@ -41,6 +41,7 @@ class Link(asyncio.BufferedProtocol):
         self.pid = hello.pid
         self.has_room = True
         self.closed = False
+        self._told = False  # that the rank has gone
         self._reader = FrameReader(MAX_REPLY_BYTES, FROM_RANK - {Kind.HELLO})
         self._on_frame = on_frame
         self._on_room = on_room
@@ -92,10 +93,12 @@ class Link(asyncio.BufferedProtocol):
         self._on_room()
 
     def eof_received(self) -> bool:
-        """The rank has closed its socket."""
+        """The rank has closed its socket. Ours stays open, or a rank that lives would end itself and seem to be killed."""
         if self._reader.midway:
             self._lose("closed its socket in the middle of a frame")
-        return False
+        else:
+            self._tell(None)
+        return True
 
     def connection_lost(self, exc: Exception | None) -> None:
         """The socket is gone."""
@@ -104,4 +107,9 @@ class Link(asyncio.BufferedProtocol):
     def _lose(self, reason: str | None) -> None:
         if not self.closed:
             self.close()
+            self._tell(reason)
+
+    def _tell(self, reason: str | None) -> None:
+        if not self._told:
+            self._told = True
             self._on_lost(self, reason)

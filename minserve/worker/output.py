@@ -20,6 +20,10 @@ logger = logging.getLogger("minserve.output")
 TAIL_LINES = 20
 READ_BYTES = 64 * 1024  # all that a pipe holds
 MAX_LINE_BYTES = 64 * 1024  # a longer line is logged in pieces
+PAUSE_S = (
+    0.005  # between two reads: Python writes each line, and each line's end, by itself, and a read for each is dear
+)
+BURST_LINES = 50  # in one read; more of them are one event of the log, for a rank that prints without end
 
 
 class Output:
@@ -41,6 +45,7 @@ class Output:
         self.level = logging.INFO
         self.tail: deque[str] = deque(maxlen=TAIL_LINES)
         self._loop = asyncio.get_running_loop()
+        self._pause: asyncio.TimerHandle | None = None
         self._loop.add_reader(fd, self._readable)
 
     def close(self) -> None:
@@ -50,36 +55,47 @@ class Output:
         self.catch_up()
         self._take(b"\n" if self._rest else b"")
         self._loop.remove_reader(self._fd)
+        if self._pause is not None:
+            self._pause.cancel()
         os.close(self._fd)
         self._fd = -1
 
     def catch_up(self) -> None:
         """Reads what the pipe holds by now, without waiting for the loop. One read, for somebody may still be writing."""
         if self._fd >= 0:
-            self._readable()
+            self._read()
 
     def _readable(self) -> None:
-        """One read. Not until the pipe is empty: a rank that prints without end must not hold up the loop."""
+        """One read, then a pause. Not until the pipe is empty: a rank that prints without end must not hold up the loop."""
+        self._loop.remove_reader(self._fd)
+        if self._read():
+            self._pause = self._loop.call_later(PAUSE_S, self._loop.add_reader, self._fd, self._readable)
+
+    def _read(self) -> bool:
+        """One read. False at the end: every writer has closed the pipe, and a reader in place would spin."""
         try:
             data = os.read(self._fd, READ_BYTES)
         except BlockingIOError:
-            return
+            return True
         except OSError:
-            data = b""
-        if not data:  # every writer has closed it; a reader left in place would spin
-            self._loop.remove_reader(self._fd)
-            return
-        self._take(data)
+            return False
+        if data:
+            self._take(data)
+        return bool(data)
 
     def _take(self, data: bytes) -> None:
-        *lines, self._rest = (self._rest + data).split(b"\n")
+        *pieces, self._rest = (self._rest + data).split(b"\n")
         if len(self._rest) > MAX_LINE_BYTES:
-            lines.append(self._rest)
+            pieces.append(self._rest)
             self._rest = b""
-        for line in lines:
-            text = line.decode("utf-8", "replace").rstrip("\r")
-            self.tail.append(text)
-            logger.log(self.level, "%s | %s", self._who, text)
+        lines = [piece.decode("utf-8", "replace").rstrip("\r") for piece in pieces]
+        self.tail.extend(lines)
+        if len(lines) <= BURST_LINES:
+            for line in lines:
+                logger.log(self.level, "%s | %s", self._who, line)
+        elif logger.isEnabledFor(self.level):
+            # 64 KiB of short lines, each an event of its own, would hold up the loop for a third of a second.
+            logger.log(self.level, "%s", "\n".join([f"{self._who} | {line}" for line in lines]))
 
 
 def open_fifo(path: Path) -> int:

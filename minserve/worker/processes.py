@@ -12,7 +12,9 @@ from typing import TYPE_CHECKING
 import psutil
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable
+    from collections.abc import Callable, Iterable, Iterator
+
+ENDED = frozenset("ZX")  # states of a process that has not been reaped yet: proc(5)
 
 
 class Watch:
@@ -57,17 +59,30 @@ def exit_code(pid: int) -> int | None:
 
     Field 52 of /proc/<pid>/stat (proc(5)) is the status as `waitpid` gives it.
     """
+    fields = _stat(pid)
     try:
-        text = Path(f"/proc/{pid}/stat").read_text()
-    except (OSError, UnicodeDecodeError):
-        return None
-    fields = text.rpartition(")")[2].split()  # the name in field 2 may hold spaces; field 3 is the first here
-    try:
-        if fields[0] not in ("Z", "X"):
-            return None
-        return os.waitstatus_to_exitcode(int(fields[49]))
+        return os.waitstatus_to_exitcode(int(fields[49])) if fields[0] in ENDED else None
     except (IndexError, ValueError):
         return None
+
+
+def has_ended(pid: int) -> bool:
+    """Whether a process has ended and only waits to be reaped."""
+    return process_state(pid) in ENDED
+
+
+def process_state(pid: int) -> str:
+    """A process's state, one letter as in proc(5); "" when there is none."""
+    return "".join(_stat(pid)[:1])
+
+
+def _stat(pid: int) -> list[str]:
+    """/proc/<pid>/stat from field 3, the state, on; empty when there is no such process."""
+    try:
+        text = Path(f"/proc/{pid}/stat").read_text(errors="replace")
+    except OSError:
+        return []
+    return text.rpartition(")")[2].split()  # the name in field 2 may hold anything
 
 
 def kill_tree(agent: int, ranks: Iterable[int]) -> None:
@@ -84,3 +99,79 @@ def kill_tree(agent: int, ranks: Iterable[int]) -> None:
             os.killpg(pid, signal.SIGKILL)
         with contextlib.suppress(ProcessLookupError, PermissionError):
             os.kill(pid, signal.SIGKILL)
+
+
+def kill_leftovers(incarnation: str) -> list[int]:
+    """SIGKILLs what a rank group has left behind.
+
+    That is every process below this one with the group's incarnation in its environment (worker/launcher.py puts it there),
+    and all that it has started. Call it once the agent and the ranks have ended: a helper in a session of its own is our
+    child then, for this process adopts orphans (worker/reaper.py).
+
+    Returns:
+        The pids.
+    """
+    mark = f"MINSERVE_WORKER={incarnation}".encode()
+    killed: set[int] = set()
+    while fresh := set(_carriers(mark)) - killed:  # once more after each kill: one may have forked meanwhile
+        for pid in fresh:  # of our own children, which keep their pids until we reap them, and of their trees
+            with contextlib.suppress(ProcessLookupError, PermissionError):
+                os.kill(pid, signal.SIGKILL)
+        killed |= fresh
+    return sorted(killed)
+
+
+def _carriers(mark: bytes) -> Iterator[int]:
+    """Our children whose environment holds the mark, and everything below them, whatever its environment holds."""
+    for child in children(os.getpid()):
+        if mark in _environment(child):
+            pids = [child]
+            for pid in pids:
+                yield pid
+                pids += children(pid)
+
+
+def _environment(pid: int) -> list[bytes]:
+    """As the process was given it; empty for one that has ended, or is somebody else's."""
+    try:
+        return Path(f"/proc/{pid}/environ").read_bytes().split(b"\0")
+    except OSError:
+        return []
+
+
+def children(pid: int) -> list[int]:
+    """The children of a process, those that have ended and are not reaped yet included.
+
+    Not psutil's: that reads the state of every process of the machine.
+    """
+    pids: list[int] = []
+    with contextlib.suppress(OSError):
+        for thread in os.listdir(f"/proc/{pid}/task"):
+            with contextlib.suppress(OSError):  # a thread may end meanwhile
+                pids += map(int, Path(f"/proc/{pid}/task/{thread}/children").read_bytes().split())
+    return pids
+
+
+def oom_kills(proc: Path = Path("/proc"), cgroups: Path = Path("/sys/fs/cgroup")) -> int | None:
+    """How many processes of this server's control group the kernel has killed for want of memory; None if it does not tell.
+
+    Ranks are in the server's group. cgroup v2 counts in `memory.events`, v1 in `memory.oom_control`. The root group of v2
+    has no count. In a container the path may be the host's, while only the container's part is mounted.
+    """
+    try:
+        memberships = [line.split(":", 2) for line in (proc / "self" / "cgroup").read_text().splitlines()]
+    except OSError:
+        return None
+    for _, controllers, path in memberships:
+        if "memory" in controllers.split(","):
+            mount, name = cgroups / "memory", "memory.oom_control"
+        elif not controllers:
+            mount, name = cgroups, "memory.events"
+        else:
+            continue
+        for directory in (mount / path.lstrip("/"), mount):
+            with contextlib.suppress(OSError):
+                counts = dict(line.split() for line in (directory / name).read_text().splitlines())
+                if "oom_kill" in counts:
+                    return int(counts["oom_kill"])
+    return None

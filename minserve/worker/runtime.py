@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import fcntl
 import json
+import logging
 import os
 import shutil
 import stat
@@ -20,49 +21,81 @@ if TYPE_CHECKING:
 # sun_path holds 108 bytes with the final zero. The longest name we put below the directory is "/m999/9999.r/worker.99999".
 UNIX_PATH_BYTES = 107
 _LONGEST_NAME = 32
+MARKER = "minserve"  # a directory without it is none of ours, whatever its name
 SERVER_FILE = "server.json"  # what `minserve stop` and `minserve status` look for
+
+logger = logging.getLogger(__name__)
 
 
 class RuntimeDirectory:
-    """`minserve-<pid>`, mode 0700, under XDG_RUNTIME_DIR or the temp folder.
+    """`minserve-<pid>`, mode 0700, under MINSERVE_RUNTIME_DIR, XDG_RUNTIME_DIR or the temp folder.
 
     A lock held on it for life tells a live server's directory from a dead one's, whatever the pids say by then; creating
-    one removes those of dead servers.
+    one removes those of dead servers. (systemd-tmpfiles, too, spares a directory that is locked, however old it is.)
 
     Raises:
         StartupError: there is no place for it.
     """
 
     def __init__(self, environ: Mapping[str, str]) -> None:
-        root = runtime_root(environ)
-        _remove_stale(root)
-        self.path = root / f"minserve-{os.getpid()}"
-        # Locked before it has its name: another server that starts just now must not take it for a dead one's.
-        unnamed = root / f".{self.path.name}"
-        shutil.rmtree(unnamed, ignore_errors=True)  # of a server with our pid that was killed on these lines
-        if self.path.is_dir() and not (self.path / "lock").exists():
-            shutil.rmtree(self.path, ignore_errors=True)  # or while it removed itself; a live one would have its lock
+        self.path = runtime_root(environ) / f"minserve-{os.getpid()}"
+        self._model_directories: list[Path] = []
+        self._note: LiveServer | None = None
+        for root in _roots(environ):
+            _remove_stale(root)
+        if self.path.is_dir() and not (self.path / MARKER).exists():
+            shutil.rmtree(self.path, ignore_errors=True)  # of a server with our pid that was killed while it removed it
         try:
-            unnamed.mkdir(mode=0o700)
-            self._lock = os.open(unnamed / "lock", os.O_CREAT | os.O_RDWR | os.O_CLOEXEC, 0o600)
-            fcntl.flock(self._lock, fcntl.LOCK_EX)
-            unnamed.rename(self.path)
+            self._lock = self._create()
         except OSError as error:
             raise StartupError(f"cannot create the runtime directory {self.path}: {error.strerror}") from None
-        self._models = 0
+
+    def _create(self) -> int:
+        # Locked before it has its name: another server that starts just now must not take it for a dead one's.
+        unnamed = self.path.with_name(f".{self.path.name}")
+        shutil.rmtree(unnamed, ignore_errors=True)  # of a server with our pid that was killed on these lines
+        unnamed.mkdir(mode=0o700)
+        lock = os.open(unnamed, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            (unnamed / MARKER).touch()
+            unnamed.rename(self.path)
+        except OSError:
+            os.close(lock)
+            raise
+        return lock
 
     def new_model_directory(self) -> Path:
         """A directory for one model version. Short, for a unix address has 107 bytes and models have long names."""
-        self._models += 1
-        path = self.path / f"m{self._models}"
+        path = self.path / f"m{len(self._model_directories) + 1}"
         path.mkdir(mode=0o700)
+        self._model_directories.append(path)
         return path
 
     def tell(self, server: LiveServer) -> None:
         """Leaves a note for `minserve stop` and `minserve status`."""
+        self._note = server
         note = self.path / "server.tmp"
         note.write_text(json.dumps(asdict(server)))
         note.replace(self.path / SERVER_FILE)
+
+    def restore(self) -> None:
+        """Makes anew what is missing: somebody has cleaned up old files, or the login session has ended.
+
+        Workers that run can do without, those that are started cannot. Errors are logged: the server goes on.
+        """
+        try:
+            if not self.path.is_dir():
+                before, self._lock = self._lock, self._create()
+                os.close(before)
+                logger.warning("the runtime directory %s was removed; it has been made anew", self.path)
+            (self.path / MARKER).touch()
+            for path in self._model_directories:
+                path.mkdir(mode=0o700, exist_ok=True)
+            if self._note is not None and not (self.path / SERVER_FILE).exists():
+                self.tell(self._note)
+        except OSError as error:
+            logger.error("the runtime directory %s cannot be made anew, no worker can start: %s", self.path, error)
 
     def remove(self) -> None:
         """Removes everything."""
@@ -70,22 +103,27 @@ class RuntimeDirectory:
         os.close(self._lock)
 
 
+def _roots(environ: Mapping[str, str]) -> list[Path]:
+    """The folders in which this user's servers may have their directories, the best first."""
+    chosen = environ.get("MINSERVE_RUNTIME_DIR")
+    candidates = [chosen] if chosen else [environ.get("XDG_RUNTIME_DIR", ""), tempfile.gettempdir(), "/tmp"]
+    # Absolute: the ranks look for the sockets from their model directory.
+    return [path for path in map(Path, dict.fromkeys(candidates)) if path.is_absolute() and path.is_dir()]
+
+
 def runtime_root(environ: Mapping[str, str]) -> Path:
-    """The folder in which this user's servers have their directories.
+    """The folder for the directory of a new server.
 
     Raises:
         StartupError: there is none.
     """
-    candidates = [environ.get("XDG_RUNTIME_DIR", ""), tempfile.gettempdir(), "/tmp"]
-    for candidate in candidates:
-        path = Path(candidate)
-        short = len(os.fsencode(candidate)) + len("/minserve-4194304") + _LONGEST_NAME <= UNIX_PATH_BYTES
-        # Absolute: the ranks look for the sockets from their model directory.
-        if path.is_absolute() and short and path.is_dir() and os.access(path, os.W_OK | os.X_OK):
+    for path in _roots(environ):
+        short = len(os.fsencode(path)) + len("/minserve-4194304") + _LONGEST_NAME <= UNIX_PATH_BYTES
+        if short and os.access(path, os.W_OK | os.X_OK):
             return path
-    raise StartupError(
-        "no directory for the worker sockets: none of XDG_RUNTIME_DIR, TMPDIR and /tmp is writable and short"
-    )
+    chosen = environ.get("MINSERVE_RUNTIME_DIR")
+    places = f"MINSERVE_RUNTIME_DIR={chosen} is not" if chosen else "none of XDG_RUNTIME_DIR, TMPDIR and /tmp is"
+    raise StartupError(f"no directory for the worker sockets: {places} writable and short")
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,17 +136,20 @@ class LiveServer:
 
 
 def live_servers(environ: Mapping[str, str]) -> list[LiveServer]:
-    """This user's servers that listen, among those started with the same XDG_RUNTIME_DIR."""
+    """This user's servers that listen, wherever a server may have its directory.
+
+    A server may have been started without XDG_RUNTIME_DIR, by cron say, and be looked for with it.
+    """
     servers = []
-    for path in _own_directories(runtime_root(environ)):
-        lock = _try_lock(path)
-        if lock is not None:
-            os.close(lock)
-            continue
+    for path in [path for root in _roots(environ) for path in _own_directories(root)]:
         try:
-            servers.append(LiveServer(**json.loads((path / SERVER_FILE).read_text())))
+            lock = _take_lock(path)
+            if lock is None:
+                servers.append(LiveServer(**json.loads((path / SERVER_FILE).read_text())))
+            else:
+                os.close(lock)
         except (OSError, ValueError, TypeError):
-            continue  # it does not listen yet
+            continue  # it does not listen yet, or has just gone
     return servers
 
 
@@ -126,21 +167,22 @@ def _is_own_directory(path: Path) -> bool:
 
 def _remove_stale(root: Path) -> None:
     for path in _own_directories(root):
-        lock = _try_lock(path)
+        try:
+            lock = _take_lock(path)
+        except OSError:
+            continue
         if lock is not None:
-            shutil.rmtree(path, ignore_errors=True)
+            if (path / MARKER).exists():
+                shutil.rmtree(path, ignore_errors=True)
             os.close(lock)
 
 
-def _try_lock(path: Path) -> int | None:
-    """The lock of a dead server's directory; None when its server lives, or there is none."""
-    try:
-        lock = os.open(path / "lock", os.O_RDWR | os.O_CLOEXEC)
-    except OSError:
-        return None
+def _take_lock(path: Path) -> int | None:
+    """The lock of a dead server's directory; None while its server lives."""
+    lock = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
+    except BlockingIOError:
         os.close(lock)
         return None
     return lock

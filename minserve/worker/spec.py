@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from minserve.worker.broadcast import Limits
+from minserve.worker.outstanding import Limits
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -49,6 +49,9 @@ class ModelSpec:
             first_batch_timeout=5 * self.response_timeout if first is None else first,
             error_grace=options.error_grace,
             reply_after_all=options.reply_after == "all",
+            stall_timeout=options.stall_timeout,
+            stream_ahead=options.stream_ahead,
+            stream_buffer=options.stream_buffer,
         )
 
     @property

@@ -1,84 +1,34 @@
-"""Keeps a model version's workers running: restarts with back-off, and says when there is no point any more."""
+"""Decides about the workers of a model version: how many, of which spec, and whether there is any point any more."""
 
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import logging
 from typing import TYPE_CHECKING
 
 from minserve.errors import Draining, MinServeError, ModelUnhealthy, WorkerFailed
-from minserve.worker.worker import Worker
+from minserve.telemetry.events import EventKind
+from minserve.worker.crew import Crew
+from minserve.worker.scaling import Scale, Scaler
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping, Sequence
+    from collections.abc import Callable, Mapping
     from pathlib import Path
 
-    from minserve.dispatch.clock import Clock
     from minserve.dispatch.dispatcher import Dispatcher
+    from minserve.telemetry.events import EventLog
     from minserve.worker.devices import DeviceAllocator
+    from minserve.worker.keeper import Keeper
     from minserve.worker.spec import ModelSpec
-    from minserve.worker.worker import WorkerReport
+    from minserve.worker.worker import Worker, WorkerReport
 
 logger = logging.getLogger(__name__)
 
-
-class RetryWindow:
-    """How often and how long a worker is restarted.
-
-    The window opens with a worker's first failure and closes when it has carried a batch through, or has been READY for
-    `stable` seconds: one that serves between failures is worth restarting, one that only loads is not. The steps of the
-    back-off begin anew after `stable` seconds alone.
-
-    Args:
-        steps: seconds to wait before each restart; the last one repeats.
-        window: seconds of failing after which restarts end.
-        stable: seconds in READY after which earlier failures are forgotten.
-        most: most restarts in one window, None for any number.
-    """
-
-    def __init__(self, clock: Clock, steps: Sequence[float], window: float, stable: float, most: int | None) -> None:
-        self._clock = clock
-        self._steps = steps
-        self._window = window
-        self._stable = stable
-        self._most = most
-        self._opened: float | None = None
-        self._ready_since: float | None = None
-        self._restarts = 0
-        self._step = 0
-
-    def ready(self) -> None:
-        """The worker has become READY."""
-        self._ready_since = self._clock.time()
-
-    def failed(self, served: bool) -> float | None:
-        """The worker has failed.
-
-        Args:
-            served: whether it had carried a batch through since it became READY.
-
-        Returns:
-            Seconds to wait before the restart; None if there shall be none.
-        """
-        now = self._clock.time()
-        stable = self._ready_since is not None and now - self._ready_since >= self._stable
-        self._ready_since = None
-        if stable:
-            self._step = 0
-        if stable or served or self._opened is None:
-            self._opened = now
-            self._restarts = 0
-        if now - self._opened >= self._window or (self._most is not None and self._restarts >= self._most):
-            return None
-        delay = self._steps[min(self._step, len(self._steps) - 1)]
-        self._step += 1
-        self._restarts += 1
-        return min(delay, self._opened + self._window - now)
+LOOK_S = 1.0  # between two looks at the load
 
 
 class Supervisor:
-    """Runs `count` workers of one model version.
+    """Runs between `count` and maxWorkers workers of one model version.
 
     Args:
         on_change: called when a worker's state has changed, for those who watch the start.
@@ -92,81 +42,222 @@ class Supervisor:
         dispatcher: Dispatcher,
         devices: DeviceAllocator,
         environ: Mapping[str, str],
+        events: EventLog,
         on_change: Callable[[], None],
     ) -> None:
         self._spec = spec
         self._dispatcher = dispatcher
-        self._on_change = on_change
-        self._workers = [Worker(spec, number, directory, dispatcher, devices, environ) for number in range(count)]
-        self._tasks: list[asyncio.Task[None]] = []
-        self._given_up: dict[Worker, WorkerFailed] = {}
+        self._events = events
+        self._crew = Crew(directory, dispatcher, devices, environ, events, self._given_up, on_change)
+        self._scaler = _scaler(spec, count)
+        self._verdict: WorkerFailed | None = None
+        self._change: asyncio.Task[None] | None = None
+        self._scaling: asyncio.Task[None] | None = None
+        self._stopping = False
 
     # ── its life, in order ──
 
     def start(self) -> None:
         """Begins to start the workers."""
-        self._tasks = [asyncio.create_task(self._keep(worker)) for worker in self._workers]
+        self._crew.begin(self._spec, self._scaler.fewest)
+        self._resume_scaling()
+
+    async def replace(self, spec: ModelSpec, count: int) -> None:
+        """Puts workers of another spec, or of the same anew, in the place of those there are. One call at a time.
+
+        The new ones are READY before the old ones take no more batches. Where both cannot live at once, for want of devices
+        or because of a fixed rendezvous, the old ones leave first and requests wait in the queue. Revives a model that was
+        given up. The old ones may still be finishing what they have in flight, see `settled`.
+
+        Raises:
+            WorkerFailed: a new worker could not be started. The old ones go on, or are started again.
+            Draining: the server is stopping.
+        """
+        assert self._change is None or self._change.done()
+        if not self._stopping:
+            change = self._change = asyncio.create_task(self._replace(spec, count))
+            try:
+                await asyncio.wait([change])
+            except asyncio.CancelledError:
+                change.cancel()
+                raise
+            if not change.cancelled():
+                return change.result()
+        raise Draining(f'Model "{self._spec.name}": the server is shutting down')
+
+    async def settled(self) -> None:
+        """Waits until the workers that leave have ended."""
+        await self._crew.settled()
 
     async def stop(self, drain_timeout: float) -> None:
-        """Refuses what waits and what still comes, lets finish what is in flight, and ends every worker."""
-        self._dispatcher.refuse(Draining(f'Model "{self._spec.name}": the server is shutting down'))
-        await asyncio.gather(
-            *(self._stop(worker, task, drain_timeout) for worker, task in zip(self._workers, self._tasks, strict=True))
-        )
+        """Refuses what waits and what still comes, lets finish what is in flight, and ends every worker.
 
-    async def _stop(self, worker: Worker, task: asyncio.Task[None], drain_timeout: float) -> None:
-        task.cancel()  # no more restarts; a start under way ends here, a READY worker does not notice
-        with contextlib.suppress(asyncio.CancelledError):
-            await task
-        await worker.stop(drain_timeout)
+        Cancelling it ends them at once, and waits for that, too.
+        """
+        self._stopping = True
+        self._dispatcher.refuse(Draining(f'Model "{self._spec.name}": the server is shutting down'))
+        try:
+            await _cancel(self._change, self._scaling)
+            await self._crew.stop(drain_timeout)
+        except asyncio.CancelledError:
+            await _cancel(self._change, self._scaling)
+            await self._crew.kill()
+            raise
 
     # ── for health and operators ──
 
     @property
     def unhealthy(self) -> MinServeError | None:
         """Why no worker will serve any more, None while one does or may."""
-        if len(self._given_up) < len(self._workers):
+        return self._verdict
+
+    @property
+    def not_ready(self) -> str | None:
+        """Why no worker takes batches just now; None while one does."""
+        if self._crew.serving:
             return None
-        return next(iter(self._given_up.values()), None)
+        if self._verdict is not None:
+            return str(self._verdict)
+        workers = [
+            f"{self._spec.name}/{report.number} is {report.state}"
+            + (f", its last error was: {report.last_error}" if report.last_error else "")
+            for report in self.report()
+        ]
+        return "; ".join(workers) or f"{self._spec.name} has no worker"
 
     def report(self) -> list[WorkerReport]:
         """Every worker, by number."""
-        return [worker.report() for worker in self._workers]
+        return self._crew.report()
 
-    # ── inside ──
+    def worker(self, number: int) -> Worker | None:
+        """The worker of that number, unless it is leaving."""
+        return self._crew.find(number)
 
-    async def _keep(self, worker: Worker) -> None:
-        config = self._spec.config
-        window = RetryWindow(
-            asyncio.get_running_loop(),
-            config.minserve.backoff,
-            config.max_retry_timeout_in_sec,
-            config.minserve.stable_period,
-            config.torchrun.max_restarts,
-        )
+    # ── a worker is given up ──
+
+    def _given_up(self, keeper: Keeper, error: WorkerFailed) -> None:
+        if all(other.given_up is not None for other in self._crew.in_charge):
+            self._condemn(error)
+        elif len(self._crew.in_charge) > self._scaler.fewest:  # it was added, and the model does without it
+            self._crew.let_go(keeper, 0.0)
+            self._scaled(f"{keeper.worker.who} is dropped: {error}; next try in {self._scaler.failed():g} s")
+
+    def _condemn(self, error: WorkerFailed) -> None:
+        self._verdict = error
+        self._dispatcher.refuse(ModelUnhealthy(f'Model "{self._spec.name}" is unhealthy: {error}'))
+
+    # ── another spec ──
+
+    async def _replace(self, spec: ModelSpec, count: int) -> None:
+        await _cancel(self._scaling)
+        try:
+            await self._start_others(spec, count)
+        except WorkerFailed as error:
+            self._events.record(EventKind.RELOAD_FAILED, str(error))
+            raise
+        finally:
+            self._resume_scaling()
+
+    async def _start_others(self, spec: ModelSpec, count: int) -> None:
+        crew, scaler = self._crew, _scaler(spec, count)
+        drain_timeout = self._spec.config.minserve.drain_timeout
+        await crew.settled()  # those that leave may hold devices
+        before = len(crew.in_charge)
+        wanted = max(count, min(before, scaler.most))  # the load that has needed so many goes on
+        others = [] if before and _one_at_a_time(spec, self._spec) else crew.recruit(spec, wanted)
+        beside = bool(others) and crew.reserve(others)
+        if not beside:
+            if before:
+                logger.info("%s: the old workers leave before the new ones start", spec.name)
+            self._dismiss_all(drain_timeout)
+            await crew.settled()
+            others = crew.recruit(spec, wanted)
+        try:
+            await crew.start(others)
+        except WorkerFailed as error:
+            if self._verdict is not None or not before:
+                self._condemn(error)
+            elif not beside:
+                await crew.settled()
+                crew.begin(self._spec, before)
+            raise
+        self._dismiss_all(drain_timeout)
+        config = spec.config
+        retries = config.minserve.retry_in_flight
+        self._dispatcher.configure(config.batch_size, config.max_batch_delay / 1000, spec.queue_limit, retries)
+        self._dispatcher.admit()
+        crew.take_over(others)
+        revived, self._verdict = self._verdict is not None, None
+        self._spec, self._scaler = spec, scaler
+        self._events.record(EventKind.REVIVED if revived else EventKind.RELOADED, f"with {wanted} new workers")
+
+    def _dismiss_all(self, drain_timeout: float) -> None:
+        for keeper in list(self._crew.in_charge):
+            self._crew.let_go(keeper, drain_timeout)
+
+    # ── one worker more or less ──
+
+    def _resume_scaling(self) -> None:
+        if self._scaler.fewest < self._scaler.most and not self._stopping:
+            self._scaling = asyncio.create_task(self._watch_load())
+
+    async def _watch_load(self) -> None:
         while True:
+            await asyncio.sleep(LOOK_S)
             try:
-                await worker.start()
-                window.ready()
-                self._on_change()
-                error = await worker.failed()
-            except WorkerFailed as failure:
-                error = failure
-            except Exception as unforeseen:
-                logger.exception("%s: unforeseen", worker.who)
-                error = WorkerFailed(f"{worker.who}: {type(unforeseen).__name__}: {unforeseen}")
-            self._on_change()
-            delay = window.failed(worker.served)
-            if delay is None:
-                self._give_up(worker, error)
-                return
-            logger.info("%s: restart in %g s", worker.who, delay)
-            await asyncio.sleep(delay)
+                await self._look()
+            except Exception:
+                logger.exception("%s: unforeseen", self._spec.name)
 
-    def _give_up(self, worker: Worker, error: WorkerFailed) -> None:
-        self._given_up[worker] = error
-        worker.give_up()
-        logger.error("%s: given up: %s", worker.who, error)
-        if self.unhealthy is not None:
-            self._dispatcher.refuse(ModelUnhealthy(f'Model "{self._spec.name}" is unhealthy: {error}'))
-        self._on_change()
+    async def _look(self) -> None:
+        keepers = [keeper for keeper in self._crew.in_charge if keeper.given_up is None]
+        idle = [keeper.idle() for keeper in keepers]
+        settled = not self._crew.leaving and all(keeper.worker.serving for keeper in keepers)
+        decision = self._scaler.look(idle, settled=settled, oldest_wait=self._dispatcher.oldest_wait)
+        if decision is Scale.UP:
+            await self._add(len(keepers))
+        elif decision is Scale.DOWN:
+            longest = max(idle)
+            keeper = keepers[idle.index(longest)]
+            self._crew.let_go(keeper, self._spec.config.minserve.drain_timeout)
+            self._scaled(f"{len(keepers)} → {len(keepers) - 1} workers: {keeper.worker.who} idle for {longest:.0f} s")
+
+    async def _add(self, workers: int) -> None:
+        waited = self._dispatcher.oldest_wait
+        added = self._crew.recruit(self._spec, 1)
+        try:
+            await self._crew.start(added)
+        except WorkerFailed as error:
+            self._scaled(f"still {workers} workers: {error}; next try in {self._scaler.failed():g} s")
+            return
+        self._scaler.succeeded()
+        self._crew.take_over(added)
+        self._scaled(f"{workers} → {workers + 1} workers: a request had waited for {waited:.1f} s")
+
+    def _scaled(self, detail: str) -> None:
+        logger.info("%s: %s", self._spec.name, detail)
+        self._events.record(EventKind.SCALED, detail)
+
+
+def _scaler(spec: ModelSpec, count: int) -> Scaler:
+    config = spec.config
+    up_wait = config.minserve.scale_up_wait + config.max_batch_delay / 1000  # to wait for company is no sign of load
+    most = config.max_workers_or(count)
+    return Scaler(asyncio.get_running_loop(), count, most, up_wait, config.minserve.scale_down_idle)
+
+
+def _one_at_a_time(*specs: ModelSpec) -> bool:
+    """Whether the ranks of all of them meet at a fixed address: two groups would find each other's ranks there."""
+    return all(
+        spec.config.is_parallel
+        and (spec.config.torchrun.rdzv_endpoint is not None or spec.config.torchrun.rdzv_backend != "c10d")
+        for spec in specs
+    )
+
+
+async def _cancel(*tasks: asyncio.Task[None] | None) -> None:
+    running = [task for task in tasks if task is not None and not task.done()]
+    for task in running:
+        task.cancel()
+    if running:
+        await asyncio.wait(running)

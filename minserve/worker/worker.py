@@ -1,57 +1,42 @@
-"""A worker: one place in a model's set of rank groups, and the state machine that fills it, again and again.
-
-STARTING → CONNECTING → LOADING → READY ⇄ BUSY → DRAINING → STOPPED
-    ↑          └───────────┴────────┴───────┴────────┴──→ FAILED ─┐
-    └──────────────────────── back-off ───────────────────────────┘
-"""
+"""A worker: one place in a model's set of rank groups. It fills the place, and empties it; when, its keeper decides."""
 
 from __future__ import annotations
 
 import asyncio
-import enum
 import logging
 import time
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from minserve.errors import WorkerFailed
+from minserve.telemetry.events import EventKind
+from minserve.worker.blame import AGENT, What
 from minserve.worker.devices import NoDevicesError
 from minserve.worker.group import RankGroup
+from minserve.worker.states import State, Trigger, after
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Callable, Mapping
     from pathlib import Path
 
     from minserve.dispatch.dispatcher import Dispatcher
     from minserve.dispatch.request import Request
+    from minserve.telemetry.events import EventLog
+    from minserve.worker.blame import Cause
     from minserve.worker.devices import DeviceAllocator, Devices
+    from minserve.worker.recorder import Recorder
     from minserve.worker.spec import ModelSpec
 
 logger = logging.getLogger(__name__)
 
-
-class State(enum.StrEnum):
-    """Where a worker is in its life."""
-
-    STARTING = "STARTING"
-    CONNECTING = "CONNECTING"
-    LOADING = "LOADING"
-    READY = "READY"
-    BUSY = "BUSY"
-    DRAINING = "DRAINING"
-    STOPPED = "STOPPED"
-    FAILED = "FAILED"
-
-
-_ENDS = frozenset({State.FAILED, State.STOPPED})
-_NEXT: Mapping[State, frozenset[State]] = {
-    State.STARTING: frozenset({State.CONNECTING}) | _ENDS,
-    State.CONNECTING: frozenset({State.LOADING}) | _ENDS,
-    State.LOADING: frozenset({State.READY}) | _ENDS,
-    State.READY: frozenset({State.DRAINING}) | _ENDS,
-    State.DRAINING: _ENDS,
-    State.FAILED: frozenset({State.STARTING, State.STOPPED}),
-    State.STOPPED: frozenset({State.STARTING}),
+_KINDS = {
+    What.PROTOCOL: EventKind.PROTOCOL,
+    What.DEATH: EventKind.RANK_DIED,
+    What.EXCEPTION: EventKind.RANK_RAISED,
+    What.PROBE: EventKind.PROBE_FAILED,
+    What.STALL: EventKind.RANK_STALLED,
+    What.SILENCE: EventKind.TIMEOUT,
+    What.COLLECTIVE: EventKind.RANK_RAISED,
 }
 
 
@@ -90,12 +75,15 @@ class Worker:
     """Keeps at most one rank group alive. `start` brings it to READY, `failed` tells its end, `stop` ends it.
 
     Args:
-        number: lowest free number in its model version; fixes its endpoints.
+        number: unlike that of any other worker of the model version; fixes its endpoints.
         directory: the model version's runtime directory.
-        dispatcher: where the requests come from.
+        dispatcher: where the requests come from, once `serve` is called.
 
     Attributes:
         who: "model/number" for messages.
+        comeback: tells, in how many seconds it will be READY again when its group fails now, None if never; the argument
+            says whether the group has carried a batch through. Requests in flight are told when to try again.
+        sent: batches that it was given.
     """
 
     def __init__(
@@ -106,14 +94,18 @@ class Worker:
         dispatcher: Dispatcher,
         devices: DeviceAllocator,
         environ: Mapping[str, str],
+        events: EventLog,
     ) -> None:
         self._spec = spec
-        self._number = number
+        self.number = number
         self._directory = directory
         self._dispatcher = dispatcher
         self._allocator = devices
         self._environ = environ
+        self._events = events
         self.who = f"{spec.name}/{number}"
+        self.comeback: Callable[[bool], float | None] = lambda served: None
+        self.sent = 0
         self._state = State.STOPPED
         self._group: RankGroup | None = None
         self._devices: Devices | None = None
@@ -123,38 +115,67 @@ class Worker:
         self._last_error_at = 0.0
         self._served = False
         self._drained = asyncio.Event()
+        self._recorder: Recorder | None = None
 
     @property
     def state(self) -> State:
-        """READY or BUSY, whichever it is just now, or any other state."""
-        if self._state is State.READY and self._group is not None and self._group.busy:
-            return State.BUSY
+        """Its state; BUSY and a failure that nobody has attended to yet are looked up."""
+        if self._state is State.READY and self._group is not None:
+            if self._group.failed.done():
+                return State.FAILED
+            if self._group.busy:
+                return State.BUSY
         return self._state
+
+    @property
+    def serving(self) -> bool:
+        """Whether its rank group takes batches, and nothing is known to be wrong with it."""
+        return self.state in (State.READY, State.BUSY) and self._group is not None and not self._group.suspected
+
+    @property
+    def addresses(self) -> range:
+        """The numbers in the names of its endpoints. Two workers that live at one time must have none in common."""
+        first = self.number * self._spec.world_size
+        return range(first, first + self._spec.world_size)
 
     # ── its life, in order ──
 
+    def reserve(self) -> None:
+        """Takes the devices of the start to come.
+
+        Raises:
+            NoDevicesError: too few are free.
+        """
+        self._devices = self._allocator.reserve(self.who, self._spec.config, self._spec.world_size)
+
     async def start(self) -> None:
-        """From STARTING to READY.
+        """From STARTING to READY. It takes no batches before `serve`.
 
         Raises:
             WorkerFailed: with the culprit. The worker is FAILED then and nothing of it runs any more.
         """
-        self._enter(State.STARTING)
+        self._on(Trigger.START)
         self._starts += 1
         self._started_at = time.time()
         options = self._spec.config.minserve
         loop = asyncio.get_running_loop()
         began = loop.time()
         try:
-            self._devices = self._allocator.reserve(self.who, self._spec.config, self._spec.world_size)
+            await self._end_group()  # there is one if its end went wrong
+            self.reserve()
+            assert self._devices is not None
             self._group = RankGroup(
-                *(self._spec, self.who, self._number, self._directory, self._devices, self._environ), self._on_free
+                *(self._spec, self.who, self.number, self._directory, self._devices, self._environ),
+                *(self._on_free, self._dispatcher.retry, self._happened),
             )
+            self._group.failed.add_done_callback(self._set_retry_after)
             self._group.launch()
-            self._enter(State.CONNECTING)
+            self._on(Trigger.LAUNCHED)
             await self._group.connect(min(options.accept_timeout, self._spec.startup_timeout))
-            self._enter(State.LOADING)
+            self._on(Trigger.CONNECTED)
             await self._group.load(max(0.0, began + self._spec.startup_timeout - loop.time()))
+            if self._recorder is not None:
+                self._group.record(self._recorder)
         except WorkerFailed as error:
             await self._fail(error)
             raise
@@ -168,12 +189,19 @@ class Worker:
             raise failure from None
         except BaseException:
             await self._end_group()
-            self._release()
-            self._enter(State.STOPPED)
+            self.release()
+            self._on(Trigger.ENDED)
             raise
-        self._enter(State.READY)
+        self._on(Trigger.LOADED)
         logger.info("%s: ready after %.1f s", self.who, loop.time() - began)
+
+    def serve(self) -> None:
+        """READY, and from now on batches may come."""
         self._dispatcher.attach(self)
+
+    def retire(self) -> None:
+        """No more batches come; what is in flight goes on."""
+        self._dispatcher.detach(self)
 
     async def failed(self) -> WorkerFailed:
         """Waits until a READY worker fails, and cleans up after it."""
@@ -182,22 +210,32 @@ class Worker:
         await self._fail(error)
         return error
 
-    def give_up(self) -> None:
-        """FAILED for good: another worker may have the devices."""
-        self._release()
+    def release(self) -> None:
+        """Gives the devices back. Not between restarts: a single-process worker might sit down on one meanwhile."""
+        self._allocator.release(self.who)
+        self._devices = None
 
     async def stop(self, drain_timeout: float) -> None:
-        """Lets what is in flight finish, then ends the group. In any state; STOPPED afterwards."""
-        self._dispatcher.detach(self)
-        if self._state is State.STOPPED:
-            return
-        if self._state is State.READY and self._group is not None:
-            self._enter(State.DRAINING)
-            await self._drain(self._group, drain_timeout)
-            await self._group.end(self._spec.config.minserve.exit_timeout)
+        """Lets what is in flight finish, then ends the group. In any state; STOPPED afterwards.
+
+        Cancelling it ends the group at once.
+        """
+        self.retire()
+        try:
+            if self._on(Trigger.DRAIN) and self._group is not None:
+                await self._drain(self._group, drain_timeout)
+                await self._group.end(self._spec.config.minserve.exit_timeout)
+        finally:
+            await self.kill()
+
+    async def kill(self) -> None:
+        """Ends the group at once. In any state; STOPPED afterwards."""
+        self.retire()
         await self._end_group()
-        self._release()
-        self._enter(State.STOPPED)
+        self.release()
+        self._on(Trigger.ENDED)
+        if self._recorder is not None:
+            self._recorder.close(f"{self.who} was stopped")
 
     @property
     def served(self) -> bool:
@@ -213,6 +251,7 @@ class Worker:
     def send(self, requests: list[Request]) -> None:
         """Sends a batch to all ranks."""
         assert self._group is not None
+        self.sent += 1
         self._group.send(requests)
 
     # ── for operators ──
@@ -222,7 +261,7 @@ class Worker:
         group, error = self._group, self._last_error
         addresses = group.endpoints.addresses if group is not None and group.endpoints is not None else []
         return WorkerReport(
-            number=self._number,
+            number=self.number,
             state=self.state,
             started_at=self._started_at,
             restarts=max(0, self._starts - 1),
@@ -238,13 +277,34 @@ class Worker:
             last_lines=error.last_lines if error is not None else (),
         )
 
+    def attach_recorder(self, recorder: Recorder) -> bool:
+        """From now on every batch is recorded, also those after a restart. False: there is a recorder already."""
+        if self._recorder is not None:
+            return False
+        self._recorder = recorder
+        if self._group is not None:
+            self._group.record(recorder)
+        return True
+
+    def detach_recorder(self) -> None:
+        """Nothing is recorded any more."""
+        self._recorder = None
+        if self._group is not None:
+            self._group.record(None)
+
     # ── inside ──
 
-    def _enter(self, state: State) -> None:
-        if state not in _NEXT[self._state]:
-            raise AssertionError(f"{self.who}: no way from {self._state} to {state}")
-        logger.debug("%s: %s → %s", self.who, self._state, state)
-        self._state = state
+    def _on(self, trigger: Trigger) -> bool:
+        """Changes the state as the table says. Returns whether it is another one now."""
+        before, self._state = self._state, after(self._state, trigger)
+        logger.debug("%s: %s: %s → %s", self.who, trigger, before, self._state)
+        return self._state is not before
+
+    def _set_retry_after(self, failed: asyncio.Future[WorkerFailed]) -> None:
+        # The group sets `failed` before it answers its requests, and a loop calls back in that order: the clients that
+        # wait for those answers read this number afterwards.
+        if not failed.cancelled() and self._group is not None:
+            failed.result().retry_after = self.comeback(self._group.served)
 
     def _on_free(self) -> None:
         if self._state is State.DRAINING and self._group is not None and not self._group.busy:
@@ -257,23 +317,35 @@ class Worker:
         self._drained.clear()
         waiter: asyncio.Future[object] = asyncio.ensure_future(self._drained.wait())
         either: list[asyncio.Future[object]] = [waiter, group.failed]  # type: ignore[list-item]  # only waited for
-        await asyncio.wait(either, timeout=timeout, return_when=asyncio.FIRST_COMPLETED)
-        waiter.cancel()
+        try:
+            await asyncio.wait(either, timeout=timeout, return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            waiter.cancel()
 
     async def _fail(self, error: WorkerFailed) -> None:
-        self._dispatcher.detach(self)
+        self.retire()
         self._served = self._group is not None and self._group.served
         self._last_error, self._last_error_at = error, time.time()
+        self._record(error, self._group.cause if self._group is not None else None)
         logger.error("%s%s", error, "".join(f"\n    {line}" for line in error.last_lines))
-        self._enter(State.FAILED)  # before the kill: nobody shall take it for READY meanwhile
+        self._on(Trigger.FAIL)  # before the kill: nobody shall take it for READY meanwhile
         await self._end_group()
+
+    def _record(self, error: WorkerFailed, cause: Cause | None) -> None:
+        """One event for one fault."""
+        if cause is None or (self._state is State.LOADING and cause.what in (What.EXCEPTION, What.COLLECTIVE)):
+            kind = EventKind.START_FAILED
+        elif cause.what is What.DEATH and cause.rank == AGENT:
+            kind = EventKind.AGENT_DIED
+        else:
+            kind = _KINDS[cause.what]
+        rank, pid = (cause.rank, cause.pid) if cause is not None else (None, 0)
+        self._events.record(kind, str(error), self.number, rank, pid)
+
+    def _happened(self, kind: EventKind, detail: str, rank: int, pid: int) -> None:
+        self._events.record(kind, detail, self.number, rank, pid)
 
     async def _end_group(self) -> None:
         if self._group is not None:
             await asyncio.shield(self._group.kill())
             self._group = None
-
-    def _release(self) -> None:
-        """Gives the devices back. Not between restarts: a single-process worker might sit down on one meanwhile."""
-        self._allocator.release(self.who)
-        self._devices = None

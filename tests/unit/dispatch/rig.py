@@ -6,6 +6,7 @@ import asyncio
 
 from minserve.dispatch.dispatcher import Dispatcher
 from minserve.dispatch.request import Reply, Request
+from minserve.errors import MinServeError
 from minserve.wire.messages import Answer, RequestMeta
 from tests.fakes import FakeClock
 
@@ -30,6 +31,10 @@ class FakeLane:
         self.sent.append([request.meta.id for request in requests])
         self.rig.sent += self.sent[-1]
 
+    def fail(self, error: MinServeError) -> None:
+        """The worker dies with its oldest batch in flight."""
+        self.rig.dispatcher.retry(self.under_way.pop(0), error)
+
     def free(self) -> None:
         for request in self.under_way.pop(0):
             request.answer(Answer(0, 0), request.meta.id.encode())
@@ -39,9 +44,16 @@ class FakeLane:
 class Rig:
     """Submits requests as tasks and lets time pass."""
 
-    def __init__(self, batch_size: int = 1, max_delay: float = 0.0, queue_limit: int = 100, lanes: int = 1) -> None:
+    def __init__(
+        self,
+        batch_size: int = 1,
+        max_delay: float = 0.0,
+        queue_limit: int = 100,
+        lanes: int = 1,
+        retries: int = 0,
+    ) -> None:
         self.clock = FakeClock()
-        self.dispatcher = Dispatcher(self.clock, "m", batch_size, max_delay, queue_limit)
+        self.dispatcher = Dispatcher(self.clock, "m", batch_size, max_delay, queue_limit, retries)
         self.sent: list[str] = []  # ids in the order in which they left the queue, over all lanes
         self.lanes = [FakeLane(self) for _ in range(lanes)]
         for lane in self.lanes:

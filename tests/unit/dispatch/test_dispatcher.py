@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
 from minserve.dispatch.request import Reply, Request
-from minserve.errors import DeadlineExceeded, MinServeError, ModelUnhealthy, QueueFull
+from minserve.errors import DeadlineExceeded, MinServeError, ModelUnhealthy, QueueFull, WorkerFailed
 from minserve.wire.messages import Answer
 from tests.unit.dispatch.rig import FakeLane, Rig, settle
 
@@ -59,6 +59,143 @@ async def test_a_refusal_answers_those_that_wait_and_those_that_come_but_none_un
     rig.lane.free()
     await rig.advance()
     assert await bodies([a]) == "a"
+
+
+@pytest.mark.asyncio
+async def test_who_finds_the_queue_full_is_told_when_to_come_again() -> None:
+    rig = Rig(queue_limit=10)
+    for _ in range(50):  # ten answers a second
+        (task,) = await rig.submit("a")
+        await rig.advance(0.1)
+        rig.lane.free()
+        await rig.advance()
+        await task
+    await rig.submit("b" * 11)
+    (refused,) = await rig.submit("c")
+    with pytest.raises(QueueFull) as caught:
+        await refused
+    assert caught.value.retry_after == pytest.approx(1.0, rel=0.1)
+
+
+@pytest.mark.asyncio
+async def test_before_the_first_answer_nobody_knows() -> None:
+    rig = Rig(queue_limit=1)
+    await rig.submit("ab")
+    (refused,) = await rig.submit("c")
+    with pytest.raises(QueueFull) as caught:
+        await refused
+    assert caught.value.retry_after is None
+
+
+@pytest.mark.asyncio
+async def test_after_a_refusal_requests_can_be_admitted_again() -> None:
+    rig = Rig()
+    rig.dispatcher.refuse(ModelUnhealthy("gave up"))
+    rig.dispatcher.admit()
+    tasks = await rig.submit("a")
+    await rig.advance()
+    rig.lane.free()
+    assert await bodies(tasks) == "a"
+
+
+# ── a worker fails with requests in flight ──
+
+DIED = WorkerFailed("m/0: rank 1 was killed by SIGKILL")
+
+
+@pytest.mark.asyncio
+async def test_without_retries_every_request_in_flight_is_answered() -> None:
+    rig = Rig(batch_size=2)
+    tasks = await rig.submit("ab")
+    await rig.advance()
+    rig.lane.fail(DIED)
+    for task in tasks:
+        with pytest.raises(WorkerFailed, match="rank 1"):
+            await task
+    assert rig.lane.sent == [["a", "b"]]
+
+
+@pytest.mark.asyncio
+async def test_with_retries_each_goes_again_alone_and_before_those_that_wait() -> None:
+    rig = Rig(batch_size=2, max_delay=5.0, retries=1)
+    tasks = await rig.submit("ab")
+    await rig.advance()
+    tasks += await rig.submit("cd")
+    rig.lane.fail(DIED)
+    for _ in range(4):
+        await rig.advance()
+        if rig.lane.under_way:
+            rig.lane.free()
+    assert rig.lane.sent == [["a", "b"], ["a"], ["b"], ["c", "d"]]
+    assert await bodies(tasks) == "abcd"
+
+
+@pytest.mark.asyncio
+async def test_a_request_that_kills_worker_after_worker_is_given_up() -> None:
+    rig = Rig(retries=2)
+    (task,) = await rig.submit("a")
+    for _ in range(3):
+        await rig.advance()
+        rig.lane.fail(DIED)
+    with pytest.raises(WorkerFailed, match="rank 1"):
+        await task
+    assert rig.lane.sent == [["a"]] * 3
+    assert rig.dispatcher.queued == 0
+
+
+@pytest.mark.asyncio
+async def test_what_is_past_its_deadline_or_has_no_client_or_streams_is_not_sent_again() -> None:
+    rig = Rig(batch_size=4, retries=5)
+    late, left, streams, good = await rig.submit("absg")
+    await rig.advance()
+    (batch,) = rig.lane.under_way
+    left.cancel()
+    await settle()
+    batch[2].chunk(Answer(0, 1), b"1", 100, lambda: None)
+    batch[0].deadline = rig.clock.time()
+    rig.lane.fail(DIED)
+    await rig.advance()
+    rig.lane.free()
+    assert rig.lane.sent == [["a", "b", "s", "g"], ["g"]]
+    with pytest.raises(WorkerFailed):
+        await late
+    reply = await streams
+    assert reply.stream is not None
+    assert await reply.stream.next() == b"1"
+    with pytest.raises(WorkerFailed):
+        await reply.stream.next()
+    assert await bodies([good]) == "g"
+
+
+@pytest.mark.asyncio
+async def test_once_the_model_refuses_nothing_is_sent_again() -> None:
+    rig = Rig(retries=5)
+    (task,) = await rig.submit("a")
+    await rig.advance()
+    rig.dispatcher.refuse(ModelUnhealthy("gave up"))
+    rig.lane.fail(DIED)
+    with pytest.raises(WorkerFailed):
+        await task
+    assert rig.dispatcher.queued == 0
+
+
+@pytest.mark.asyncio
+async def test_a_thousand_clients_that_left_or_were_too_late_cost_the_next_one_nothing() -> None:
+    rig = Rig(queue_limit=2000)
+    (first,) = await rig.submit("x")
+    await rig.advance()
+    for _ in range(500):
+        (task,) = await rig.submit("c")
+        task.cancel()
+        await rig.submit("t", timeout=1.0)
+    await rig.advance(1.5)
+    assert rig.dispatcher.queued == 0
+    (good,) = await rig.submit("g")
+    rig.lane.free()
+    await rig.advance()
+    rig.lane.free()
+    assert await bodies([first, good]) == "xg"
+    assert rig.lane.sent == [["x"], ["g"]]
 
 
 # ── when a batch is cut ──
@@ -252,7 +389,7 @@ async def test_a_stream_that_has_begun_has_no_deadline() -> None:
     (a,) = await rig.submit("a", timeout=5)
     await rig.advance()
     (request,) = rig.lane.under_way[0]
-    request.chunk(Answer(0, 1), b"1")
+    request.chunk(Answer(0, 1), b"1", 100, lambda: None)
     await rig.advance(100)
     stream = (await a).stream
     assert stream is not None
@@ -319,7 +456,7 @@ async def test_a_client_that_leaves_in_the_tick_of_the_first_chunk_mutes_the_str
     (request,) = rig.lane.under_way[0]
     for event in (first, "cancel" if first == "chunk" else "chunk"):
         if event == "chunk":
-            request.chunk(Answer(0, 1), b"1")
+            request.chunk(Answer(0, 1), b"1", 100, lambda: None)
         else:
             a.cancel()
     await settle()

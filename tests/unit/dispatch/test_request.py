@@ -45,7 +45,7 @@ async def test_only_the_first_outcome_counts() -> None:
 @pytest.mark.asyncio
 async def test_the_first_chunk_is_the_reply_and_meets_the_deadline() -> None:
     request = new_request()
-    request.chunk(ANSWER, b"1")
+    request.chunk(ANSWER, b"1", 100, lambda: None)
     reply = request.reply.result()
     assert (reply.status, reply.reason, reply.headers, reply.body) == (418, "Teapot", (("x-a", "1"),), b"")
     assert request.deadline == math.inf
@@ -56,8 +56,8 @@ async def test_the_first_chunk_is_the_reply_and_meets_the_deadline() -> None:
 @pytest.mark.parametrize(("last", "expected"), [(b"3", [b"1", b"2", b"3"]), (b"", [b"1", b"2"])])
 async def test_chunks_come_in_order_and_the_answer_is_the_last(last: bytes, expected: list[bytes]) -> None:
     request = new_request()
-    request.chunk(ANSWER, b"1")
-    request.chunk(ANSWER, b"2")
+    request.chunk(ANSWER, b"1", 100, lambda: None)
+    request.chunk(ANSWER, b"2", 100, lambda: None)
     request.answer(ANSWER, last)
     assert request.stream is not None
     assert await drain(request.stream) == expected
@@ -66,7 +66,7 @@ async def test_chunks_come_in_order_and_the_answer_is_the_last(last: bytes, expe
 @pytest.mark.asyncio
 async def test_a_failure_in_mid_stream_comes_after_the_chunks() -> None:
     request = new_request()
-    request.chunk(ANSWER, b"1")
+    request.chunk(ANSWER, b"1", 100, lambda: None)
     request.fail(WorkerFailed("rank 1 died"))
     request.answer(ANSWER, b"too late")
     assert request.stream is not None
@@ -80,8 +80,8 @@ async def test_a_failure_in_mid_stream_comes_after_the_chunks() -> None:
 async def test_a_stream_that_begins_after_its_client_was_answered_keeps_nothing() -> None:
     request = new_request()
     request.fail(DeadlineExceeded("late"))
-    request.chunk(ANSWER, b"1")
-    request.chunk(ANSWER, b"2")
+    request.chunk(ANSWER, b"1", 100, lambda: None)
+    request.chunk(ANSWER, b"2", 100, lambda: None)
     request.answer(ANSWER, b"3")
     assert request.stream is not None
     assert await drain(request.stream) == []
@@ -91,7 +91,7 @@ async def test_a_stream_that_begins_after_its_client_was_answered_keeps_nothing(
 
 @pytest.mark.asyncio
 async def test_muting_drops_what_has_come_and_what_will() -> None:
-    stream = Stream()
+    stream = Stream(100, lambda: None)
     stream.put(b"1")
     stream.mute()
     stream.put(b"2")
@@ -102,7 +102,7 @@ async def test_muting_drops_what_has_come_and_what_will() -> None:
 @pytest.mark.asyncio
 @pytest.mark.parametrize("event", ["put", "end", "error"])
 async def test_next_waits_for_what_comes(event: str) -> None:
-    stream = Stream()
+    stream = Stream(100, lambda: None)
     waiting = asyncio.create_task(stream.next())
     await asyncio.sleep(0)
     assert not waiting.done()
@@ -121,7 +121,7 @@ async def test_next_waits_for_what_comes(event: str) -> None:
 
 @pytest.mark.asyncio
 async def test_a_cancelled_next_loses_no_chunk() -> None:
-    stream = Stream()
+    stream = Stream(100, lambda: None)
     waiting = asyncio.create_task(stream.next())
     await asyncio.sleep(0)
     waiting.cancel()
@@ -133,7 +133,7 @@ async def test_a_cancelled_next_loses_no_chunk() -> None:
 
 @pytest.mark.asyncio
 async def test_several_puts_before_the_reader_wakes_are_all_read() -> None:
-    stream = Stream()
+    stream = Stream(100, lambda: None)
     reader = asyncio.create_task(drain(stream))
     await asyncio.sleep(0)
     stream.put(b"1")

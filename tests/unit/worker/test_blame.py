@@ -35,7 +35,8 @@ PROTOCOL = Cause(What.PROTOCOL, 3, 103, "broke the protocol: seq", 9.0)
         (died(0, -15, 5), [raised(1, 1)]),
         (raised(1, 3), [in_collective(0, 1), in_collective(2, 2)]),  # an own one outranks the victims'
         (raised(2, 1), [raised(0, 2)]),
-        (in_collective(1, 1), [in_collective(0, 2), SILENCE]),
+        (in_collective(1, 1), [in_collective(0, 2)]),
+        (SILENCE, [in_collective(1, 1), in_collective(2, 2)]),  # whoever says nothing is no victim
         (PROTOCOL, [died(0, -9, 1), died(AGENT, -9, 1), raised(1, 1)]),  # nothing that it did later counts
         (SILENCE, []),
     ],

@@ -1,99 +1,16 @@
-import asyncio
 import math
 
 import pytest
 
-from minserve.dispatch.request import Reply, Request
+from minserve.dispatch.request import Reply
 from minserve.errors import HandlerError, HandlerOutOfMemory, WireError, WorkerFailed
-from minserve.wire.frames import FROM_RANK, Frame, FrameReader, Kind
-from minserve.wire.messages import Answer, Answers, Batch, Failure, Part, RequestMeta, pack, pack_with_body, unpack
-from minserve.worker.blame import Cause, What
-from minserve.worker.broadcast import Broadcast, Limits
-from tests.fakes import FakeClock, MemoryLink, feed
+from minserve.telemetry.events import EventKind
+from minserve.wire.frames import PROBE, Frame, Kind
+from minserve.wire.messages import Answer, Answers, Batch, Failure, Part, pack, pack_with_body, unpack
+from minserve.worker.blame import What
+from tests.unit.worker.broadcasts import FIRST, GRACE, TIMEOUT, Group, body_of, error_of, failure, frame_of, request
 
 pytestmark = pytest.mark.asyncio
-
-TIMEOUT, FIRST, GRACE = 10.0, 50.0, 2.0
-
-
-class Group:
-    """A broadcast over in-memory links, and the frames that its ranks would send."""
-
-    def __init__(self, ranks: int = 2, in_flight: int = 1, *, reply_after_all: bool = False) -> None:
-        self.clock = FakeClock()
-        self.links = [MemoryLink(rank) for rank in range(ranks)]
-        self.free = 0
-        self.broken: list[Cause] = []
-        limits = Limits(in_flight, TIMEOUT, FIRST, GRACE, reply_after_all)
-        self.broadcast = Broadcast(self.clock, self.links, limits, "m/0", self._freed, self.broken.append)
-
-    def _freed(self) -> None:
-        self.free += 1
-
-    def send(self, *bodies: bytes) -> list[Request]:
-        requests = [request(body) for body in bodies]
-        self.broadcast.send(requests)
-        return requests
-
-    def receive(self, rank: int, frame: Frame) -> None:
-        self.broadcast.received(self.links[rank], frame)
-
-    def reply(self, seq: int, *bodies: bytes, rank: int = 0, kind: Kind = Kind.REPLY) -> None:
-        answers = Answers(tuple(Answer(index, len(body)) for index, body in enumerate(bodies)))
-        self.receive(rank, frame_of(pack_with_body(kind, answers, bodies, seq)))
-
-    def chunk(self, seq: int, *chunks: tuple[int, bytes]) -> None:
-        answers = Answers(tuple(Answer(index, len(body)) for index, body in chunks), 1)
-        self.receive(0, frame_of(pack_with_body(Kind.CHUNK, answers, [body for _, body in chunks], seq)))
-
-    def done(self, rank: int, seq: int) -> None:
-        self.receive(rank, frame_of([pack(Kind.DONE, Answers(()), seq)]))
-
-    def error(self, rank: int, seq: int, failure: Failure) -> None:
-        self.receive(rank, frame_of([pack(Kind.ERROR, failure, seq)]))
-
-    def continued(self, rank: int) -> list[int]:
-        return [frame.seq for frame in self.links[rank].frames if frame.kind is Kind.CONTINUE]
-
-    def finish(self, count: int = 1) -> None:
-        """Gets the first batches behind it, so that the ordinary limit holds."""
-        for _ in range(count):
-            self.send(b"warm-up")
-            seq = self.links[0].frames[-1].seq
-            self.reply(seq, b"")
-            for rank in range(1, len(self.links)):
-                if self.broadcast.busy:
-                    self.done(rank, seq)
-
-
-def frame_of(pieces: list[bytes] | list[bytes | bytearray | memoryview]) -> Frame:
-    (frame,) = feed(FrameReader(2**31, FROM_RANK), b"".join(map(bytes, pieces)))
-    return frame
-
-
-def request(body: bytes, name: str = "id") -> Request:
-    meta = RequestMeta(name, (), (Part("body", "", len(body)),))
-    return Request(meta, [body], math.inf, asyncio.get_running_loop().create_future())
-
-
-def failure(
-    kind: str = "own",
-    type_name: str = "ValueError",
-    place: str = "handler.py:3",
-    needs: tuple[int, ...] = (0, 1),
-    origin: int = 0,
-    status: int = 0,
-) -> Failure:
-    return Failure(kind, type_name, "no such word", place, "Traceback ...", origin, needs, status)
-
-
-def body_of(request: Request) -> bytes:
-    return bytes(request.reply.result().body)
-
-
-def error_of(request: Request) -> BaseException | None:
-    return request.reply.exception() if request.reply.done() else None
-
 
 # ── order ──
 
@@ -156,7 +73,7 @@ def raw(kind: Kind, seq: int, meta: bytes = b"", body: bytes = b"") -> Frame:
 
 
 def reply_frame(answers: list[tuple[int, int]], body: bytes, kind: Kind = Kind.REPLY) -> Frame:
-    meta = Answers(tuple(Answer(index, length) for index, length in answers))
+    meta = Answers(tuple(Answer(index, length) for index, length in answers), int(kind is Kind.CHUNK))
     return raw(kind, 1, bytes(frame_of([pack(kind, meta)]).meta), body)
 
 
@@ -647,3 +564,85 @@ async def test_the_same_line_after_another_number_of_collectives_is_not_in_step(
         group.error(rank, 1, report)
     assert len(group.broken) == 1
     assert group.continued(0) == []
+
+
+# ── silence beside victims ──
+
+
+async def test_a_rank_that_says_nothing_is_suspected_before_the_victims_of_its_collective() -> None:
+    group = Group(ranks=3)
+    group.finish()
+    group.send(b"x")
+    for rank in (0, 2):
+        group.error(rank, 2, failure("collective", "RuntimeError", needs=(0, 1, 2)))
+    assert group.broken == []
+    group.clock.advance(GRACE)
+    (cause,) = group.broken
+    assert (cause.what, cause.rank, group.doubtful) == (What.SILENCE, 1, [2])
+    assert cause.detail == "was still in batch 2 2 s after its collective failed on rank 0"
+
+
+async def test_where_all_ranks_report_a_collectives_error_the_first_is_named() -> None:
+    group = Group()
+    group.finish()
+    group.send(b"x")
+    group.error(1, 2, failure("collective", "RuntimeError"))
+    group.error(0, 2, failure("collective", "RuntimeError"))
+    assert [(cause.what, cause.rank) for cause in group.broken] == [(What.COLLECTIVE, 1)]
+
+
+# ── probes ──
+
+
+async def test_a_probe_is_a_batch_without_requests_that_every_rank_must_pass() -> None:
+    group = Group(ranks=3)
+    passed: list[bool] = []
+    group.broadcast.probe(lambda: passed.append(True))
+    (frame,) = group.links[2].frames
+    assert (frame.kind, frame.flags, frame.seq) == (Kind.BATCH, PROBE, 1)
+    assert not group.broadcast.has_place()
+    group.done(2, 1)
+    group.reply(1)
+    assert not passed
+    group.done(1, 1)
+    assert passed == [True]
+    assert not group.broadcast.busy
+    assert (group.broadcast.batches_done, group.broadcast.replied) == (0, 1)
+    group.send(b"x")
+    group.clock.advance(FIRST - 0.1)
+    assert group.broken == [], "a probe is not the first batch, which may compile"
+
+
+@pytest.mark.parametrize("others", [(), (0,), (0, 2)])
+async def test_a_probe_that_fails_on_any_rank_breaks_the_worker_and_is_named(others: tuple[int, ...]) -> None:
+    group = Group(ranks=3)
+    group.broadcast.probe()
+    for rank in (1, *others):
+        group.error(rank, 1, failure(type_name="ProbeFailed", needs=(0, 1, 2)))
+    group.clock.advance(GRACE)
+    cause = group.broken[0]
+    assert (cause.what, cause.rank) == (What.PROBE, 1)
+    assert cause.detail == "raised ProbeFailed: no such word in its probe"
+
+
+# ── what else is told ──
+
+
+async def test_a_handlers_error_is_an_event_and_so_is_an_answer_that_cannot_be_sent() -> None:
+    group = Group()
+    group.send(b"x")
+    group.error(1, 1, failure())
+    assert group.events == []
+    group.error(0, 1, failure())
+    group.send(b"y")
+    group.error(0, 2, failure("refused", ""))
+    assert group.events == [(EventKind.HANDLER_ERROR, 0)] * 2
+
+
+async def test_chunks_that_skip_back_or_go_beyond_the_grant_break_the_protocol() -> None:
+    for step in (0, 1, 6):
+        group = Group()
+        group.send(b"x")
+        group.chunk(1, (0, b"c"), step=1)
+        with pytest.raises(WireError, match=f"CHUNK of step {step} behind step 1, with 4 granted"):
+            group.receive(0, frame_of(pack_with_body(Kind.CHUNK, Answers((Answer(0, 1),), step), [b"c"], 1)))

@@ -18,11 +18,14 @@ import pytest_asyncio
 from minserve.dispatch.request import Request
 from minserve.errors import (
     HandlerError,
+    MinServeError,
     RankProtocolError,
     ResponseTimeout,
     WorkerFailed,
     WorkerOutOfMemory,
 )
+from minserve.telemetry.events import EventKind
+from minserve.wire.board import STACK_SIGNAL
 from minserve.wire.frames import FROM_SERVER, Frame, FrameReader, Kind
 from minserve.wire.messages import (
     Answer,
@@ -48,7 +51,8 @@ from tests.unit.worker.specs import make_spec, model_config, until
 pytestmark = pytest.mark.asyncio
 
 Process = subprocess.Popen[bytes]
-LIVES = ("sleep", "600")
+# A rank has a handler for the signal that asks for its stack; without one it would end of it.
+LIVES = ("env", f"--ignore-signal={int(STACK_SIGNAL)}", "sleep", "600")
 
 
 class FakeRank:
@@ -98,6 +102,7 @@ class Setup:
         self.launch: dict[str, str] = {}
         self.agent: tuple[str, ...] = LIVES
         self.freed = 0
+        self.events: list[EventKind] = []
         self._plan = launcher.plan
         monkeypatch.setattr(launcher, "plan", self._planned)
 
@@ -111,12 +116,19 @@ class Setup:
         config = model_config("tp" if ranks > 1 else "", options, response_timeout=response_timeout)
         spec = make_spec(ranks, model_dir=self.directory, config=config)
         object.__setattr__(spec, "response_timeout", response_timeout)
-        self._group = RankGroup(spec, "m/0", 0, self.directory, Devices(), {"PATH": os.environ["PATH"]}, self._free)
+        self._group = RankGroup(
+            *(spec, "m/0", 0, self.directory, Devices(), {"PATH": os.environ["PATH"]}),
+            *(self._free, self._lose, lambda kind, detail, rank, pid: self.events.append(kind)),
+        )
         self.world_size = ranks
         return self._group
 
     def _free(self) -> None:
         self.freed += 1
+
+    def _lose(self, requests: list[Request], error: MinServeError) -> None:
+        for request in requests:
+            request.fail(error)
 
     async def arrive(self, *ranks: int) -> None:
         for rank in ranks:
@@ -364,7 +376,7 @@ async def test_a_socket_that_closes_a_moment_before_the_exit_is_the_same_death(s
     request = await setup.submit(group)
     rank = setup.ranks[-1]
     rank.close()
-    await until(lambda: group._causes)
+    await until(lambda: group._verdict.pending)
     os.kill(rank.pid, signal.SIGSEGV)
     error = await error_of(group)
     assert str(error) == f"m/0: rank {rank.rank} (pid {rank.pid}) was killed by SIGSEGV"
@@ -468,7 +480,7 @@ async def test_what_a_rank_prints_last_goes_with_the_error(setup: Setup) -> None
     process.send_signal(signal.SIGSEGV)
     os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOWAIT)
     # Its words become readable behind its death, in the same turn of the loop.
-    fifo = os.open(f"{setup.launch['MINSERVE_OUTPUT']}.1", os.O_WRONLY)
+    fifo = os.open(f"{setup.launch['MINSERVE_DIRECTORY']}/output.1", os.O_WRONLY)
     os.write(fifo, b"loading\nSegmentation fault\n")
     os.close(fifo)
     assert (await error_of(group)).last_lines == ("loading", "Segmentation fault")

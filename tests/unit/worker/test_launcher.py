@@ -22,7 +22,7 @@ ENVIRONMENT = {
     "MINSERVE_BASE": "4",
     "MINSERVE_WORKER": "m-0-abcd",
     "MINSERVE_SECRET": "s3cret",
-    "MINSERVE_OUTPUT": f"{RUN}/output",
+    "MINSERVE_DIRECTORY": str(RUN),
     "MINSERVE_LOG_LEVEL": "info",
     "PYTHONPATH": f"{COMPAT}:/models/m",
     "OMP_NUM_THREADS": "1",

@@ -154,6 +154,24 @@ async def test_a_writer_without_end_leaves_the_loop_its_turns(pipe: Pipe, monkey
     out.close()
 
 
+async def test_a_burst_of_lines_is_one_event_of_the_log_and_loses_none(
+    pipe: Pipe, log: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(output, "BURST_LINES", 3)
+    out = Output(pipe[0], "m/0 rank 1")
+    os.write(pipe[1], b"1\n2\n3\n4\n")
+    await until(lambda: has_lines(out, 4))
+    assert log.messages == ["m/0 rank 1 | 1\nm/0 rank 1 | 2\nm/0 rank 1 | 3\nm/0 rank 1 | 4"]
+    os.write(pipe[1], b"5\n6\n7\n")
+    await until(lambda: has_lines(out, 7))
+    assert log.messages[1:] == ["m/0 rank 1 | 5", "m/0 rank 1 | 6", "m/0 rank 1 | 7"]
+    out.level = logging.DEBUG
+    os.write(pipe[1], b"x\n" * 10)
+    out.close()
+    assert len(log.messages) == 4
+    assert list(out.tail)[-1] == "x"
+
+
 async def test_a_fifo_waits_for_its_rank_and_survives_its_going(tmp_path: Path) -> None:
     path = tmp_path / "output.0"
     path.write_text("left by an earlier incarnation")

@@ -5,12 +5,15 @@ import select
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator
+import time
+from collections.abc import AsyncIterator, Callable, Iterator
 from pathlib import Path
 
 import pytest
+import pytest_asyncio
 
-from minserve.worker.processes import Watch, exit_code, kill_tree
+from minserve.worker.processes import Watch, children, exit_code, kill_leftovers, kill_tree, oom_kills
+from minserve.worker.reaper import Reaper
 
 pytestmark = pytest.mark.asyncio
 
@@ -185,3 +188,139 @@ async def test_killing_what_is_gone_is_fine(waiting: Child) -> None:
     waiting.kill()
     waiting.wait()
     kill_tree(waiting.pid, [waiting.pid])
+
+
+# ── kill_leftovers ──
+
+# A rank that starts helpers, prints the pid of each, and ends.
+LEAVES = """
+import os, sys
+def helper(then=lambda: None):
+    if os.fork() == 0:
+        os.setsid()
+        then()
+        os.write(1, b"%d\\n" % os.getpid())
+        os.execvpe("cat", ["cat"], {} if len(sys.argv) > 1 else os.environ)
+helper(lambda: helper() if len(sys.argv) == 1 else None)
+helper()
+"""
+
+
+@pytest_asyncio.fixture
+async def adopting() -> AsyncIterator[None]:
+    """The orphans of the test become its children."""
+    reaper = Reaper()
+    yield
+    reaper.close()
+
+
+Leave = Callable[..., list[int]]
+
+
+@pytest.fixture
+def leave() -> Iterator[Leave]:
+    """Runs such a rank of an incarnation to its end; the pids of the helpers that are left."""
+    reader, writer = os.pipe()
+    left: list[int] = []
+
+    def run(incarnation: str, count: int, *arguments: str) -> list[int]:
+        environ = {**os.environ, "MINSERVE_WORKER": incarnation}
+        command = [sys.executable, "-c", LEAVES, *arguments]
+        with subprocess.Popen(command, stdin=reader, stdout=subprocess.PIPE, env=environ) as process:
+            assert process.stdout is not None
+            pids = [int(process.stdout.readline()) for _ in range(count)]
+            process.stdout.close()
+        left.extend(pids)
+        return pids
+
+    yield run
+    for pid in set(left) & set(children(os.getpid())):
+        os.kill(pid, signal.SIGKILL)
+        os.waitpid(pid, 0)
+    os.close(reader)
+    os.close(writer)
+
+
+async def test_helpers_in_sessions_of_their_own_are_killed_with_their_group(adopting: None, leave: Leave) -> None:
+    mine = leave("m-0-aa", 3)
+    others = leave("m-0-aab", 3)
+    assert kill_leftovers("m-0-aa") == sorted(mine)
+    assert ended(mine) == [True] * 3
+    assert [exit_code(pid) for pid in others] == [None] * 3
+    assert kill_leftovers("m-0-aa") == []
+    assert kill_leftovers("m-0-aab") == sorted(others)
+
+
+async def test_what_a_helper_has_started_is_killed_with_it_whatever_its_environment(adopting: None) -> None:
+    script = "import os, subprocess\nprint(subprocess.Popen(['cat'], env={}, stdin=0).pid, flush=True)\nos.read(0, 1)"
+    command = [sys.executable, "-c", script]
+    environ = {**os.environ, "MINSERVE_WORKER": "m-0-bb"}
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=environ) as helper:
+        assert helper.stdout is not None
+        pid = int(helper.stdout.readline())
+        assert kill_leftovers("m-0-bb") == sorted([helper.pid, pid])
+        assert ended([helper.pid, pid]) == [True] * 2
+
+
+async def test_with_nothing_left_behind_nothing_is_killed(adopting: None, waiting: Child) -> None:
+    assert kill_leftovers("m-0-cc") == []
+    assert waiting.poll() is None
+
+
+async def test_looking_for_leftovers_costs_little(adopting: None, waiting: Child) -> None:
+    """It is done on the event loop, and must not look at every process of the machine."""
+    began = time.process_time()
+    for _ in range(100):
+        kill_leftovers("m-0-dd")
+    assert time.process_time() - began < 1.0
+
+
+async def test_children_are_told_of_every_thread(waiting: Child) -> None:
+    process = await asyncio.to_thread(lambda: subprocess.Popen(["true"]))
+    assert {waiting.pid, process.pid} <= set(children(os.getpid()))
+    process.wait()
+    assert process.pid not in children(os.getpid())
+    assert children(process.pid) == []
+
+
+# ── oom_kills ──
+
+
+def machine(tmp_path: Path, memberships: str, files: dict[str, str]) -> tuple[Path, Path]:
+    """A /proc and a /sys/fs/cgroup."""
+    proc, cgroups = tmp_path / "proc", tmp_path / "cgroup"
+    (proc / "self").mkdir(parents=True)
+    (proc / "self" / "cgroup").write_text(memberships)
+    for name, text in files.items():
+        path = cgroups / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text)
+    return proc, cgroups
+
+
+EVENTS = "low 0\nhigh 0\nmax 9\noom 4\noom_kill 3\noom_group_kill 0\n"
+CONTROL = "oom_kill_disable 0\nunder_oom 0\noom_kill 7\n"
+
+
+@pytest.mark.parametrize(
+    ("memberships", "files", "kills"),
+    [
+        ("0::/user.slice/x\n", {"user.slice/x/memory.events": EVENTS}, 3),
+        ("0::/\n", {"memory.events": EVENTS}, 3),
+        ("0::/host/s/path\n", {"memory.events": EVENTS}, 3),
+        ("5:cpu,memory:/x\n0::/\n", {"memory/x/memory.oom_control": CONTROL}, 7),
+        ("5:memory:/host/s/path\n0::/\n", {"memory/memory.oom_control": CONTROL}, 7),
+        ("5:memory:/x\n", {"memory/x/memory.oom_control": "oom_kill_disable 0\nunder_oom 0\n"}, None),
+        ("9:name=systemd:/x\n1:cpu:/\n", {"memory.events": EVENTS}, None),
+        ("0::/\n", {"cgroup.controllers": "memory\n"}, None),
+        ("", {}, None),
+    ],
+)
+async def test_out_of_memory_kills_are_counted_by_the_control_group(
+    tmp_path: Path, memberships: str, files: dict[str, str], kills: int | None
+) -> None:
+    assert oom_kills(*machine(tmp_path, memberships, files)) == kills
+
+
+async def test_without_control_groups_there_is_no_count(tmp_path: Path) -> None:
+    assert oom_kills(tmp_path, tmp_path) is None

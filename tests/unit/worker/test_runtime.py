@@ -10,6 +10,7 @@ import pytest
 from minserve.errors import StartupError
 from minserve.worker.endpoints import unix_endpoints
 from minserve.worker.runtime import (
+    MARKER,
     UNIX_PATH_BYTES,
     LiveServer,
     RuntimeDirectory,
@@ -23,13 +24,14 @@ HERE = LiveServer(4711, "http://127.0.0.1:8080", "http://127.0.0.1:8081")
 @pytest.fixture
 def environ(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> Mapping[str, str]:
     root = tmp_path_factory.mktemp("r")  # short: a unix address has 107 bytes
+    # MINSERVE_RUNTIME_DIR keeps these tests away from servers that really run here.
     monkeypatch.setattr("tempfile.gettempdir", lambda: "/nonexistent")
-    return {"XDG_RUNTIME_DIR": str(root)}
+    return {"XDG_RUNTIME_DIR": "/nonexistent", "MINSERVE_RUNTIME_DIR": str(root)}
 
 
 @pytest.fixture
 def root(environ: Mapping[str, str]) -> Path:
-    return Path(environ["XDG_RUNTIME_DIR"])
+    return Path(environ["MINSERVE_RUNTIME_DIR"])
 
 
 @pytest.fixture
@@ -45,9 +47,11 @@ def another(root: Path) -> Iterator[Path]:
     """The directory of another server that lives."""
     path = root / "minserve-1"
     path.mkdir()
-    with (path / "lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        yield path
+    (path / MARKER).touch()
+    lock = os.open(path, os.O_RDONLY)
+    fcntl.flock(lock, fcntl.LOCK_EX)
+    yield path
+    os.close(lock)
 
 
 def test_it_is_private_and_named_after_the_server(runtime: RuntimeDirectory, root: Path) -> None:
@@ -73,17 +77,17 @@ def test_a_start_removes_what_dead_servers_left_and_nothing_else(
 ) -> None:
     dead = root / "minserve-2"
     (dead / "m1").mkdir(parents=True)
-    (dead / "lock").touch()
-    (root / "minserve-3").mkdir()  # without a lock nobody knows whose it is
+    (dead / MARKER).touch()
+    (root / "minserve-3").mkdir()  # without the marker nobody knows whose it is
     elsewhere = root / "precious"
     elsewhere.mkdir()
-    (elsewhere / "lock").touch()
+    (elsewhere / MARKER).touch()
     (root / "minserve-4").symlink_to(elsewhere)
     runtime = RuntimeDirectory(environ)
     assert sorted(path.name for path in root.iterdir()) == sorted(
         ["minserve-1", "minserve-3", "minserve-4", "precious", runtime.path.name]
     )
-    assert (elsewhere / "lock").exists()
+    assert (elsewhere / MARKER).exists()
     runtime.remove()
 
 
@@ -120,7 +124,7 @@ def test_a_note_that_cannot_be_read_is_no_server(another: Path, environ: Mapping
 
 def test_a_dead_servers_note_is_no_server(environ: Mapping[str, str], root: Path) -> None:
     (root / "minserve-2").mkdir()
-    (root / "minserve-2" / "lock").touch()
+    (root / "minserve-2" / MARKER).touch()
     (root / "minserve-2" / "server.json").write_text('{"pid": 2, "inference": "http://a", "management": "http://b"}')
     assert live_servers(environ) == []
 
@@ -129,7 +133,7 @@ def test_what_a_server_of_our_pid_left_half_removed_is_removed(environ: Mapping[
     """In a container every server has the same pid."""
     (root / f"minserve-{os.getpid()}" / "m1").mkdir(parents=True)
     runtime = RuntimeDirectory(environ)
-    assert [path.name for path in runtime.path.iterdir()] == ["lock"]
+    assert [path.name for path in runtime.path.iterdir()] == [MARKER]
     runtime.remove()
 
 
@@ -140,6 +144,70 @@ def test_a_directory_that_is_taken_is_a_startup_error(environ: Mapping[str, str]
             RuntimeDirectory(environ)
     (root / f"minserve-{os.getpid()}").unlink()
     RuntimeDirectory(environ).remove()
+
+
+def test_servers_are_found_wherever_they_may_have_been_started(
+    tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first, second = tmp_path_factory.mktemp("b"), tmp_path_factory.mktemp("t")
+    monkeypatch.setattr("tempfile.gettempdir", lambda: str(second))
+    by_cron = RuntimeDirectory({})
+    by_cron.tell(HERE)
+    environ = {"XDG_RUNTIME_DIR": str(first)}
+    assert by_cron.path.parent == second
+    assert HERE in live_servers(environ)
+    assert live_servers({"MINSERVE_RUNTIME_DIR": str(first)}) == [], "the one place that was named"
+    by_cron.remove()
+    assert HERE not in live_servers(environ)
+
+
+def test_a_directory_that_was_removed_is_made_anew_with_all_that_a_start_needs(
+    runtime: RuntimeDirectory, environ: Mapping[str, str], caplog: pytest.LogCaptureFixture
+) -> None:
+    models = [runtime.new_model_directory() for _ in range(2)]
+    runtime.tell(HERE)
+    shutil.rmtree(runtime.path)
+    assert live_servers(environ) == []
+    runtime.restore()
+    assert [stat.S_IMODE(path.stat().st_mode) for path in (runtime.path, *models)] == [0o700] * 3
+    assert live_servers(environ) == [HERE]
+    assert caplog.messages == [f"the runtime directory {runtime.path} was removed; it has been made anew"]
+    runtime.restore()
+    assert len(caplog.messages) == 1, "nothing is missing"
+
+
+def test_what_a_cleaner_of_old_files_has_taken_is_made_anew(
+    runtime: RuntimeDirectory, environ: Mapping[str, str]
+) -> None:
+    model = runtime.new_model_directory()
+    runtime.tell(HERE)
+    (model / "worker.0").touch()
+    (runtime.path / "server.json").unlink()
+    (runtime.path / MARKER).unlink()
+    runtime.restore()
+    assert live_servers(environ) == [HERE]
+    assert (runtime.path / MARKER).exists()
+    assert (model / "worker.0").exists()
+
+
+def test_a_directory_that_cannot_be_made_anew_is_named(
+    runtime: RuntimeDirectory, root: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    shutil.rmtree(root)  # the login session has ended
+    for _ in range(2):
+        runtime.restore()
+    assert caplog.messages[-1].startswith(
+        f"the runtime directory {runtime.path} cannot be made anew, no worker can start: [Errno 2]"
+    )
+    runtime.remove()
+    root.mkdir()
+
+
+def test_it_is_locked_itself_so_that_systemd_spares_it(runtime: RuntimeDirectory) -> None:
+    directory = os.open(runtime.path, os.O_RDONLY)
+    with pytest.raises(BlockingIOError):
+        fcntl.flock(directory, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    os.close(directory)
 
 
 @pytest.mark.parametrize("unfit", ["", "/nonexistent", "a file", "a long name", "read-only"])
@@ -174,7 +242,17 @@ def test_the_longest_name_fits_a_unix_address(tmp_path_factory: pytest.TempPathF
     assert len(last.removeprefix("unix:")) <= UNIX_PATH_BYTES
 
 
-def test_without_any_place_the_error_names_the_candidates(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("environ", "message"),
+    [
+        ({}, "none of XDG_RUNTIME_DIR, TMPDIR and /tmp is writable and short$"),
+        ({"MINSERVE_RUNTIME_DIR": "/usr"}, "MINSERVE_RUNTIME_DIR=/usr is not writable and short$"),
+        ({"MINSERVE_RUNTIME_DIR": "run"}, "MINSERVE_RUNTIME_DIR=run is not writable and short$"),
+    ],
+)
+def test_without_any_place_the_error_names_the_candidates(
+    environ: dict[str, str], message: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr("os.access", lambda *_: False)
-    with pytest.raises(StartupError, match="none of XDG_RUNTIME_DIR, TMPDIR and /tmp is writable"):
-        runtime_root({})
+    with pytest.raises(StartupError, match=message):
+        runtime_root(environ)

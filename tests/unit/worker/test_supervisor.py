@@ -1,277 +1,559 @@
+"""How many workers there are, which spec they serve, and what clients notice of a change: nothing."""
+
 import asyncio
-import math
-from collections.abc import Mapping
-from pathlib import Path
-from typing import ClassVar
+import dataclasses
+from collections.abc import Callable
 
 import pytest
 
-from minserve.dispatch.dispatcher import Dispatcher
-from minserve.dispatch.request import Reply, Request
+from minserve.dispatch.request import Reply
 from minserve.errors import Draining, ModelUnhealthy, WorkerFailed
-from minserve.wire.messages import RequestMeta
+from minserve.telemetry.events import EventKind
 from minserve.worker.devices import DeviceAllocator, Inventory
 from minserve.worker.spec import ModelSpec
-from minserve.worker.supervisor import RetryWindow, Supervisor
-from tests.fakes import FakeClock
-from tests.unit.worker.specs import make_spec, model_config, until
-
-STEPS = (0.0, 1.0, 2.0, 3.0)
-
-
-class TestRetryWindow:
-    def test_the_steps_follow_each_other_and_the_last_repeats(self) -> None:
-        window = RetryWindow(FakeClock(), STEPS, window=300, stable=60, most=None)
-        assert [window.failed(served=False) for _ in range(6)] == [0, 1, 2, 3, 3, 3]
-
-    def test_restarts_end_with_the_window_that_the_first_failure_opened(self) -> None:
-        clock = FakeClock()
-        clock.advance(1000)
-        window = RetryWindow(clock, (5.0,), window=12, stable=60, most=None)
-        assert window.failed(served=False) == 5
-        clock.advance(6)
-        assert window.failed(served=False) == 5
-        clock.advance(4)
-        assert window.failed(served=False) == 2, "the last restart comes at the window's end, not behind it"
-        clock.advance(2)
-        assert window.failed(served=False) is None
-
-    def test_a_worker_that_was_ready_long_enough_begins_anew(self) -> None:
-        clock = FakeClock()
-        window = RetryWindow(clock, STEPS, window=100, stable=60, most=None)
-        assert [window.failed(served=False), window.failed(served=False)] == [0, 1]
-        clock.advance(50)
-        window.ready()
-        clock.advance(60)
-        assert [window.failed(served=False), window.failed(served=False)] == [0, 1]
-
-    def test_a_worker_that_was_ready_too_briefly_does_not(self) -> None:
-        clock = FakeClock()
-        window = RetryWindow(clock, STEPS, window=100, stable=60, most=None)
-        assert window.failed(served=False) == 0
-        for delay in (1, 2):  # crashes soon after each start: the same trouble goes on
-            window.ready()
-            clock.advance(49)
-            assert window.failed(served=False) == delay
-        clock.advance(2)
-        assert window.failed(served=False) is None
-
-    def test_time_in_start_does_not_count_as_ready(self) -> None:
-        clock = FakeClock()
-        window = RetryWindow(clock, STEPS, window=1000, stable=60, most=None)
-        window.ready()
-        clock.advance(60)
-        assert window.failed(served=False) == 0
-        clock.advance(60)
-        assert window.failed(served=False) == 1
-
-    def test_a_worker_that_serves_between_failures_is_restarted_for_ever_but_ever_later(self) -> None:
-        clock = FakeClock()
-        window = RetryWindow(clock, STEPS, window=30, stable=60, most=1)
-        for delay in (0, 1, 2, 3, 3, 3):
-            window.ready()
-            clock.advance(20)
-            assert window.failed(served=True) == delay
-        assert window.failed(served=False) is None, "one that only loads is not worth more restarts"
-
-    @pytest.mark.parametrize(("most", "delays"), [(0, [None]), (2, [0, 1, None, None])])
-    def test_the_number_of_restarts_is_bounded(self, most: int, delays: list[float | None]) -> None:
-        window = RetryWindow(FakeClock(), STEPS, window=300, stable=60, most=most)
-        assert [window.failed(served=False) for _ in delays] == delays
-
-    def test_a_new_window_has_all_its_restarts(self) -> None:
-        clock = FakeClock()
-        window = RetryWindow(clock, STEPS, window=300, stable=60, most=1)
-        for _ in range(3):
-            assert window.failed(served=False) == 0
-            window.ready()
-            clock.advance(60)
-
-    def test_a_window_of_nothing_allows_no_restart(self) -> None:
-        assert RetryWindow(FakeClock(), STEPS, window=0, stable=60, most=None).failed(served=False) is None
-
-
-class FakeWorker:
-    """Fails and hangs as it is told: a string is an error, "ready" a start that succeeds."""
-
-    made: ClassVar[list["FakeWorker"]] = []
-    script: ClassVar[dict[int, list[str | Exception]]] = {}
-
-    def __init__(
-        self,
-        spec: ModelSpec,
-        number: int,
-        directory: Path,
-        dispatcher: Dispatcher,
-        devices: DeviceAllocator,
-        environ: Mapping[str, str],
-    ) -> None:
-        self.number = number
-        self.who = f"m/{number}"
-        self.starts = self.ready = 0
-        self.served = self.given_up = False
-        self.stopped: list[float] = []
-        self.end: asyncio.Future[WorkerFailed] = asyncio.get_running_loop().create_future()
-        FakeWorker.made.append(self)
-
-    async def start(self) -> None:
-        self.starts += 1
-        outcome = self.script.get(self.number, ["ready"]).pop(0)
-        if outcome == "hang":
-            await asyncio.Event().wait()
-        if isinstance(outcome, Exception):
-            raise outcome
-        if outcome != "ready":
-            raise WorkerFailed(outcome)
-        self.end = asyncio.get_running_loop().create_future()
-        self.ready = self.starts
-
-    async def failed(self) -> WorkerFailed:
-        return await self.end
-
-    async def fail_when_ready(self, start: int, *, served: bool = False) -> None:
-        await until(lambda: self.ready == start)
-        self.served = served
-        self.end.set_result(WorkerFailed("rank 1 died"))
-
-    async def stop(self, drain_timeout: float) -> None:
-        self.stopped.append(drain_timeout)
-
-    def give_up(self) -> None:
-        self.given_up = True
-
-
-class Setup:
-    def __init__(
-        self,
-        count: int = 1,
-        window: float = 300.0,
-        backoff: tuple[float, ...] = (0.0,),
-        most: int | None = None,
-    ) -> None:
-        config = model_config(
-            "",
-            {"backoff": backoff},
-            {"max_restarts": most} if most is not None else {},
-            max_retry_timeout_in_sec=window,
-        )
-        self.dispatcher = Dispatcher(asyncio.get_running_loop(), "m", 1, 0.0, 10)
-        self.changes = 0
-        self.supervisor = Supervisor(
-            *(make_spec(config=config), count, Path("/run"), self.dispatcher, DeviceAllocator(Inventory()), {}),
-            self._changed,
-        )
-        self.supervisor.start()
-
-    def gave_up(self) -> bool:
-        return self.supervisor.unhealthy is not None
-
-    def _changed(self) -> None:
-        self.changes += 1
-
-    def submit(self) -> asyncio.Task[Reply]:
-        loop = asyncio.get_running_loop()
-        request = Request(RequestMeta("", (), ()), [], math.inf, loop.create_future())
-        return asyncio.create_task(self.dispatcher.submit(request))
+from tests.fakes import in_fake_time
+from tests.unit.worker.groups import FakeGroup, House, crew_spec, no_ranks, settle
 
 
 @pytest.fixture(autouse=True)
-def fake_workers(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("minserve.worker.supervisor.Worker", FakeWorker)
-    monkeypatch.setattr(FakeWorker, "made", [])
-    monkeypatch.setattr(FakeWorker, "script", {})
+def fake_groups(monkeypatch: pytest.MonkeyPatch) -> None:
+    no_ranks(monkeypatch)
 
 
-@pytest.mark.asyncio
-class TestSupervisor:
-    async def test_a_model_that_has_given_up_refuses_at_once_and_answers_what_waits(self) -> None:
-        FakeWorker.script = {0: ["no weights", "no weights", "still none"]}
-        setup = Setup(most=2)
-        waiting = setup.submit()
-        await until(lambda: setup.supervisor.unhealthy)
-        for client in (waiting, setup.submit()):
-            with pytest.raises(ModelUnhealthy, match='Model "m" is unhealthy: still none'):
-                await client
-        assert FakeWorker.made[0].starts == 3
-        assert str(setup.supervisor.unhealthy) == "still none"
-        assert setup.changes >= 3
-        await setup.supervisor.stop(1)
+async def started(house: House) -> House:
+    house.supervisor.start()
+    await settle()
+    return house
 
-    async def test_a_worker_that_fails_when_ready_is_started_again(self) -> None:
-        FakeWorker.script = {0: ["ready", "ready", "hang"]}
-        setup = Setup()
-        (worker,) = FakeWorker.made
-        await worker.fail_when_ready(1)
-        await worker.fail_when_ready(2)
-        await until(lambda: worker.starts == 3)
-        assert setup.supervisor.unhealthy is None
-        await setup.supervisor.stop(1)
 
-    async def test_restarts_count_anew_once_a_worker_has_served(self) -> None:
-        FakeWorker.script = {0: ["ready", "ready", "ready", "ready"]}
-        setup = Setup(most=1)
-        (worker,) = FakeWorker.made
-        await worker.fail_when_ready(1, served=True)
-        await worker.fail_when_ready(2, served=True)
-        await worker.fail_when_ready(3, served=False)
-        await until(lambda: setup.supervisor.unhealthy)
-        assert worker.starts == 3
-        await setup.supervisor.stop(1)
+async def answered(client: asyncio.Task[Reply]) -> bytes:
+    async with asyncio.timeout(1000):
+        while not client.done():
+            for group in FakeGroup.living():
+                if group.busy:
+                    group.finish()
+            await asyncio.sleep(0.1)
+    return bytes((await client).body)
 
-    async def test_while_one_worker_may_serve_the_model_is_not_unhealthy(self) -> None:
-        FakeWorker.script = {0: ["no"], 1: ["ready", "no, too"]}
-        setup = Setup(count=2, window=0)
-        first, second = FakeWorker.made
-        await until(lambda: setup.supervisor._given_up)
-        assert not setup.gave_up()
-        client = setup.submit()
-        await asyncio.sleep(0)
-        assert setup.dispatcher.queued == 1
-        await second.fail_when_ready(1)
-        with pytest.raises(ModelUnhealthy, match="rank 1 died"):
+
+# ── health ──
+
+
+@in_fake_time
+async def test_a_model_is_ready_with_its_first_ready_worker_and_says_why_it_is_not() -> None:
+    FakeGroup.slow = {"m/0": 5.0, "m/1": 9.0}
+    house = await started(House(count=2))
+    assert house.not_ready() == "m/0 is LOADING; m/1 is LOADING"
+    await asyncio.sleep(6)
+    assert house.not_ready() is None
+    FakeGroup.made[0].fail(WorkerFailed("m/0: rank 1 died"))
+    assert house.not_ready() == "m/0 is FAILED; m/1 is LOADING", "at once, not when somebody has cleaned up"
+    await asyncio.sleep(0.1)
+    assert house.not_ready() == "m/0 is LOADING, its last error was: m/0: rank 1 died; m/1 is LOADING"
+    await asyncio.sleep(10)
+    assert house.not_ready() is None
+    await house.supervisor.stop(1)
+    assert house.not_ready() is not None
+
+
+@in_fake_time
+async def test_while_one_worker_may_serve_the_model_is_not_unhealthy() -> None:
+    FakeGroup.loads = [WorkerFailed("m/0: no")]
+    house = await started(House(crew_spec(torchrun={"max_restarts": 0}), count=2))
+    assert house.states == "0:FAILED 1:READY"
+    assert house.unhealthy() is None
+    client = house.submit()
+    await settle()
+    FakeGroup.made[1].fail(WorkerFailed("m/1: rank 1 died"))
+    queued = house.submit()
+    with pytest.raises(WorkerFailed):
+        await client
+    with pytest.raises(ModelUnhealthy, match="m/1: rank 1 died"):
+        await queued
+    assert house.unhealthy() == "m/1: rank 1 died"
+    await house.supervisor.stop(1)
+
+
+# ── the end ──
+
+
+def hang(step: str) -> Callable[[], None]:
+    return lambda: FakeGroup.hanging.add(step)
+
+
+def fail() -> None:
+    FakeGroup.failing["connect"] = WorkerFailed("no")
+
+
+@pytest.mark.parametrize("prepare", [lambda: None, hang("connect"), hang("load"), fail])
+@in_fake_time
+async def test_a_stop_is_obeyed_in_every_state_and_answers_what_waits(prepare: Callable[[], None]) -> None:
+    prepare()
+    house = House(crew_spec(backoff=(3600.0,), max_retry_timeout_in_sec=7200.0), devices=1)
+    house.supervisor.start()
+    await settle()
+    busy = FakeGroup.made[0].has_place() and house.lanes
+    waiting = [house.submit(), house.submit()]
+    await settle()
+    stop = asyncio.create_task(house.supervisor.stop(7.5))
+    await settle()
+    for client in (waiting[1], house.submit()):
+        with pytest.raises(Draining, match="shutting down"):
             await client
-        assert setup.gave_up()
-        assert (first.starts, second.starts) == (1, 1)
-        await setup.supervisor.stop(1)
+    if busy:
+        assert house.states == "0:DRAINING"
+        FakeGroup.made[0].finish()
+        assert (await waiting[0]).body == b"ok"
+    await stop
+    assert house.states == "0:STOPPED"
+    assert FakeGroup.living() == []
+    assert house.allocator._shared == {}
+    assert len(FakeGroup.made) == 1
+    assert asyncio.all_tasks() - set(waiting) == {asyncio.current_task()}
 
-    async def test_what_nobody_foresaw_counts_as_a_failure_of_the_worker(
-        self, caplog: pytest.LogCaptureFixture
-    ) -> None:
-        FakeWorker.script = {0: [OSError("too many open files"), "ready"]}
-        setup = Setup()
-        await until(lambda: FakeWorker.made[0].starts == 2)
-        assert "m/0: unforeseen" in caplog.text
-        assert "too many open files" in caplog.text
-        await setup.supervisor.stop(1)
 
-    @pytest.mark.parametrize("script", [["ready"], ["hang"], ["fails, then waits an hour"]])
-    async def test_a_stop_is_obeyed_in_every_state_and_answers_what_waits(self, script: list[str | Exception]) -> None:
-        FakeWorker.script = {0: script}
-        setup = Setup(backoff=(3600.0,), window=7200.0)
-        waiting = setup.submit()
-        await until(lambda: FakeWorker.made[0].starts and setup.dispatcher.queued)
-        async with asyncio.timeout(10):
-            await setup.supervisor.stop(7.5)
-        assert FakeWorker.made[0].stopped == [7.5]
-        for client in (waiting, setup.submit()):
-            with pytest.raises(Draining, match="shutting down"):
-                await client
-        assert FakeWorker.made[0].starts == 1
+@pytest.mark.parametrize("change", ["leaving", "replacing", "scaling", "draining first"])
+@in_fake_time
+async def test_a_stop_that_is_cancelled_ends_all_at_once(change: str) -> None:
+    spec = crew_spec(2, min_workers=1, max_workers=2)
+    house = await started(House(spec, devices=3 if change == "draining first" else 8))
+    clients = [house.submit() for _ in range(2)]
+    await settle()
+    FakeGroup.load_seconds = 100.0
+    replacing = None
+    if change in ("replacing", "draining first"):
+        replacing = asyncio.create_task(house.supervisor.replace(spec, 1))
+    elif change == "leaving":
+        FakeGroup.load_seconds = 0.0
+        await house.supervisor.replace(house.spec, 1)
+    else:
+        await asyncio.sleep(5)
+        assert house.states == "0:BUSY 1:LOADING"
+    await settle()
+    stop = asyncio.create_task(house.supervisor.stop(30))
+    await settle()
+    began = asyncio.get_running_loop().time()
+    stop.cancel()
+    await asyncio.wait([stop, *clients])
+    assert asyncio.get_running_loop().time() - began < 1
+    assert FakeGroup.living() == []
+    assert {report.state for report in house.supervisor.report()} <= {"STOPPED"}
+    if replacing is not None:
+        with pytest.raises(Draining):
+            await replacing
+    for client in clients:
+        assert client.exception() is not None
 
-    async def test_a_stop_refuses_before_it_drains(self) -> None:
-        setup = Setup()
-        await until(lambda: FakeWorker.made[0].starts)
-        drained = asyncio.Event()
 
-        async def drain(drain_timeout: float) -> None:
-            await drained.wait()
+# ── another spec ──
 
-        FakeWorker.made[0].stop = drain  # type: ignore[method-assign]
-        waiting = setup.submit()
-        stop = asyncio.create_task(setup.supervisor.stop(30))
-        for client in (waiting, setup.submit()):
-            with pytest.raises(Draining):
-                await client
-        assert not stop.done()
-        drained.set()
-        await stop
+
+@in_fake_time
+async def test_a_reload_under_load_fails_no_request() -> None:
+    FakeGroup.load_seconds = 3.0
+    house = House(crew_spec(), count=2, devices=4)
+    house.supervisor.start()
+    clients: list[asyncio.Task[Reply]] = []
+
+    async def load() -> None:
+        while True:
+            clients.append(house.submit())
+            await asyncio.sleep(0.2)
+
+    async def ranks() -> None:
+        while True:
+            for group in FakeGroup.living():
+                if group.busy:
+                    group.finish()
+            await asyncio.sleep(0.15)
+
+    background = [asyncio.create_task(load()), asyncio.create_task(ranks())]
+    await asyncio.sleep(5)
+    spec = dataclasses.replace(crew_spec(batch_size=4), queue_limit=50)
+    for _ in range(3):
+        before = house.lanes
+        task = asyncio.create_task(house.supervisor.replace(spec, 2))
+        await asyncio.sleep(2)
+        assert house.lanes == before, "the old ones serve until the new ones are READY"
+        await task
+        assert not set(house.lanes) & set(before)
+        await house.supervisor.settled()
+        assert len(FakeGroup.living()) == 2
+    background[0].cancel()
+    await asyncio.wait(clients)
+    background[1].cancel()
+    assert len(clients) > 50
+    assert {bytes(client.result().body) for client in clients} == {b"ok"}
+    assert house.kinds().count(EventKind.RELOADED) == 3
+    assert house.dispatcher._batch_size == 4
+    assert house.dispatcher.remaining == 50
+    assert {group.spec.config.batch_size for group in FakeGroup.living()} == {4}
+    await house.supervisor.stop(1)
+
+
+@in_fake_time
+async def test_the_old_workers_go_on_when_the_new_ones_do_not_start() -> None:
+    house = await started(House(devices=4))
+    before = house.lanes
+    FakeGroup.loads = [WorkerFailed("m/1: rank 0 cannot load: a typo", load_error="a typo")]
+    with pytest.raises(WorkerFailed, match="a typo"):
+        await house.supervisor.replace(crew_spec(batch_size=4), 2)
+    assert house.lanes == before
+    assert house.dispatcher._batch_size == 1
+    assert house.details(EventKind.RELOAD_FAILED) == ["m/1: rank 0 cannot load: a typo"]
+    assert await answered(house.submit()) == b"ok"
+    await house.supervisor.settled()
+    assert FakeGroup.living() == [FakeGroup.made[0]]
+    assert list(house.allocator._shared) == ["m/0"]
+    FakeGroup.made[0].fail(WorkerFailed("m/0: rank 0 died"))
+    await settle()
+    assert FakeGroup.made[-1].spec == house.spec, "a restart is one of the old spec, too"
+    await house.supervisor.stop(1)
+
+
+def fixed(batch_size: int = 1) -> ModelSpec:
+    return crew_spec(2, torchrun={"rdzv_endpoint": "localhost:29400"}, batch_size=batch_size)
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "devices", "first"),
+    [
+        (crew_spec(2), crew_spec(2), 4, "new"),
+        (crew_spec(2), crew_spec(2), 3, "old"),
+        (crew_spec(2), crew_spec(2), 0, "new"),
+        (fixed(), fixed(), 4, "old"),
+        (fixed(), crew_spec(2), 4, "new"),
+        (crew_spec(1), crew_spec(1), 1, "new"),  # one device is enough for both
+        (crew_spec(1), crew_spec(2), 2, "old"),
+    ],
+)
+@in_fake_time
+async def test_where_two_cannot_live_at_once_the_old_one_leaves_first(
+    old: ModelSpec, new: ModelSpec, devices: int, first: str
+) -> None:
+    FakeGroup.load_seconds = 3.0
+    house = House(old, devices=devices)
+    house.supervisor.start()
+    await asyncio.sleep(5)
+    in_flight = house.submit()
+    await settle()
+    replace = asyncio.create_task(house.supervisor.replace(new, 1))
+    await asyncio.sleep(1)
+    assert len(FakeGroup.made) == (2 if first == "new" else 1)
+    if first == "old":
+        assert house.states == "0:DRAINING"
+        FakeGroup.made[0].finish()
+        assert (await in_flight).body == b"ok"
+        waiting = house.submit()
+        await asyncio.sleep(1)
+        assert house.states == "0:LOADING"
+        assert FakeGroup.living() == [FakeGroup.made[1]]
+        assert house.not_ready() == "m/0 is LOADING"
+        assert house.dispatcher.queued == 1, "it waits for the new one"
+        await replace
+        assert await answered(waiting) == b"ok"
+    else:
+        assert await answered(in_flight) == b"ok"
+        await replace
+    assert house.lanes[0]._spec is new
+    await house.supervisor.stop(1)
+
+
+@in_fake_time
+async def test_an_old_worker_that_left_first_is_started_again_when_the_new_one_does_not_start() -> None:
+    house = await started(House(fixed()))
+    FakeGroup.loads = [WorkerFailed("m/0: rank 0 cannot load: a typo")]
+    with pytest.raises(WorkerFailed, match="a typo"):
+        await house.supervisor.replace(fixed(batch_size=4), 1)
+    await settle()
+    assert house.states == "0:READY"
+    assert house.lanes[0]._spec is house.spec
+    assert house.unhealthy() is None
+    assert await answered(house.submit()) == b"ok"
+    await house.supervisor.stop(1)
+
+
+@in_fake_time
+async def test_a_model_that_was_given_up_is_revived() -> None:
+    FakeGroup.loads = [WorkerFailed("m/0: no")] * 2
+    house = await started(House(crew_spec(torchrun={"max_restarts": 0}), count=2, devices=1))
+    assert house.unhealthy() is not None
+    FakeGroup.loads = [WorkerFailed("m/2: still none")]
+    with pytest.raises(WorkerFailed, match="still none"):
+        await house.supervisor.replace(house.spec, 1)
+    assert house.unhealthy() == "m/2: still none"
+    with pytest.raises(ModelUnhealthy, match="still none"):
+        await house.submit()
+    await house.supervisor.replace(house.spec, 1)
+    assert house.unhealthy() is None
+    assert await answered(house.submit()) == b"ok"
+    assert house.kinds()[-2:] == [EventKind.READY, EventKind.REVIVED]
+    await house.supervisor.settled()
+    assert len(house.supervisor.report()) == 1
+    await house.supervisor.stop(1)
+
+
+@in_fake_time
+async def test_a_model_that_was_never_started_is_brought_up_or_unhealthy() -> None:
+    FakeGroup.loads = [WorkerFailed("m/0: no")]
+    house = House()
+    waiting = house.submit()
+    with pytest.raises(WorkerFailed):
+        await house.supervisor.replace(house.spec, 1)
+    assert house.unhealthy() == "m/0: no"
+    with pytest.raises(ModelUnhealthy):
+        await waiting
+    await house.supervisor.replace(house.spec, 1)
+    assert await answered(house.submit()) == b"ok"
+    await house.supervisor.stop(1)
+
+
+@in_fake_time
+async def test_a_second_reload_waits_for_those_that_still_leave() -> None:
+    house = await started(House(crew_spec(2), devices=4))
+    slow = house.submit()
+    await settle()
+    await house.supervisor.replace(crew_spec(2), 1)
+    await settle()
+    assert house.states == "0:DRAINING 1:READY"
+    again = asyncio.create_task(house.supervisor.replace(crew_spec(2), 1))
+    await asyncio.sleep(5)
+    assert house.states == "0:DRAINING 1:READY", "there are devices for two, and one more would leave none serving"
+    FakeGroup.made[0].finish()
+    assert (await slow).body == b"ok"
+    await again
+    await house.supervisor.settled()
+    assert house.states == "0:READY"
+    await house.supervisor.stop(1)
+
+
+@in_fake_time
+async def test_a_restart_during_a_reload_changes_nothing() -> None:
+    house = await started(House(devices=4))
+    FakeGroup.slow = {"m/1": 5.0}
+    replace = asyncio.create_task(house.supervisor.replace(crew_spec(batch_size=4), 1))
+    await asyncio.sleep(1)
+    FakeGroup.made[0].fail(WorkerFailed("m/0: rank 0 died"))
+    await asyncio.sleep(1)
+    assert house.states == "0:READY 1:LOADING"
+    await replace
+    await house.supervisor.settled()
+    assert house.states == "1:READY"
+    assert len(FakeGroup.living()) == 1
+    await house.supervisor.stop(1)
+
+
+@in_fake_time
+async def test_a_caller_that_leaves_ends_the_change_it_waits_for() -> None:
+    house = await started(House())
+    FakeGroup.hanging = {"load"}
+    replace = asyncio.create_task(house.supervisor.replace(crew_spec(), 1))
+    await settle()
+    replace.cancel()
+    await asyncio.wait([replace])
+    await settle()
+    assert house.states == "0:READY"
+    FakeGroup.hanging = set()
+    await house.supervisor.replace(crew_spec(), 1)
+    await house.supervisor.stop(1)
+    with pytest.raises(Draining):
+        await house.supervisor.replace(crew_spec(), 1)
+
+
+# ── scale ──
+
+
+def elastic(**keys: object) -> ModelSpec:
+    return crew_spec(**{"min_workers": 1, "max_workers": 3, **keys})  # type: ignore[arg-type]
+
+
+@in_fake_time
+async def test_workers_are_added_while_requests_wait_and_leave_when_they_idle() -> None:
+    FakeGroup.load_seconds = 2.0
+    house = House(elastic())
+    house.supervisor.start()
+    await asyncio.sleep(3)
+    clients = [house.submit() for _ in range(4)]
+    await asyncio.sleep(2)
+    assert house.states == "0:BUSY", "nobody has waited for longer than scaleUpWait"
+    await asyncio.sleep(2)
+    assert house.states == "0:BUSY 1:LOADING"
+    await asyncio.sleep(10)
+    assert house.states == "0:BUSY 1:BUSY 2:BUSY"
+    await asyncio.sleep(10)
+    assert len(FakeGroup.living()) == 3, "maxWorkers"
+    assert house.dispatcher.queued == 1
+    for client in clients:
+        assert await answered(client) == b"ok"
+    await asyncio.sleep(30)
+    assert len(FakeGroup.living()) == 1, "minWorkers"
+    details = house.details(EventKind.SCALED)
+    assert [detail.partition(":")[0] for detail in details] == [
+        *("1 → 2 workers", "2 → 3 workers", "3 → 2 workers", "2 → 1 workers")
+    ]
+    await asyncio.sleep(100)
+    assert len(FakeGroup.living()) == 1
+    await house.supervisor.stop(1)
+
+
+@in_fake_time
+async def test_one_that_leaves_finishes_its_batch() -> None:
+    house = await started(House(elastic(scale_down_idle=1.0), count=1))
+    first, second = house.submit(), house.submit()
+    await asyncio.sleep(4)
+    assert house.states == "0:BUSY 1:BUSY"
+    FakeGroup.made[1].finish()
+    assert (await second).body == b"ok"
+    await asyncio.sleep(3)
+    assert house.states == "0:BUSY", "the idle one has left, not the other"
+    assert await answered(first) == b"ok"
+    await house.supervisor.stop(1)
+
+
+@in_fake_time
+async def test_while_one_leaves_none_is_added() -> None:
+    house = await started(House(elastic(max_workers=2, scale_down_idle=3.0)))
+    clients = [house.submit(), house.submit()]
+    await asyncio.sleep(4)
+    for client in clients:
+        assert await answered(client) == b"ok"
+    FakeGroup.hanging = {"end"}
+    await asyncio.sleep(5)
+    assert house.states in ("0:DRAINING 1:READY", "0:READY 1:DRAINING")
+    clients = [house.submit(), house.submit()]
+    await asyncio.sleep(20)
+    assert len(FakeGroup.living()) == 2, "maxWorkers"
+    for client in clients:
+        assert await answered(client) == b"ok"
+    stop = asyncio.create_task(house.supervisor.stop(1))
+    await settle()
+    stop.cancel()
+    await asyncio.wait([stop])
+    assert FakeGroup.living() == []
+
+
+@in_fake_time
+async def test_to_wait_for_company_is_no_load() -> None:
+    house = await started(House(elastic(max_batch_delay=5000, batch_size=8)))
+    house.dispatcher.configure(8, 5.0, 100, 0)
+    client = house.submit()
+    await asyncio.sleep(4.9)
+    assert house.states == "0:READY"
+    assert await answered(client) == b"ok"
+    await house.supervisor.stop(1)
+
+
+@in_fake_time
+async def test_a_worker_that_cannot_be_added_is_tried_again_later_and_harms_nobody() -> None:
+    spec = dataclasses.replace(elastic(), config=crew_spec(2, min_workers=1, max_workers=2).config, world_size=2)
+    house = await started(House(spec, devices=3))
+    clients = [house.submit(), house.submit()]
+    await asyncio.sleep(60)
+    details = house.details(EventKind.SCALED)
+    assert 3 <= len(details) <= 4
+    assert details[0].startswith(
+        "still 1 workers: m/1 needs 2 device(s), 1 of 3 are free; m/0 owns 0, 1; next try in 5 s"
+    )
+    assert house.states == "0:BUSY"
+    assert house.unhealthy() is None
+    assert list(house.allocator._owned) == ["m/0"]
+    for client in clients:
+        assert await answered(client) == b"ok"
+    await house.supervisor.stop(1)
+
+
+@in_fake_time
+async def test_an_added_worker_that_does_not_live_is_dropped() -> None:
+    house = await started(House(elastic(torchrun={"max_restarts": 0}, max_workers=2)))
+    clients = [house.submit(), house.submit()]
+    await asyncio.sleep(4)
+    assert house.states == "0:BUSY 1:BUSY"
+    FakeGroup.made[1].fail(WorkerFailed("m/1: rank 0 died"))
+    await settle()
+    assert house.states == "0:BUSY"
+    assert house.unhealthy() is None
+    assert house.details(EventKind.SCALED)[-1] == "m/1 is dropped: m/1: rank 0 died; next try in 5 s"
+    assert await answered(clients[0]) == b"ok"
+    with pytest.raises(WorkerFailed):
+        await clients[1]
+    await house.supervisor.stop(1)
+
+
+@in_fake_time
+async def test_a_worker_that_starts_again_is_waited_for() -> None:
+    house = await started(House(elastic(backoff=(20.0,))))
+    FakeGroup.made[0].fail(WorkerFailed("m/0: rank 0 died"))
+    client = house.submit()
+    await asyncio.sleep(15)
+    assert house.states == "0:FAILED"
+    assert await answered(client) == b"ok"
+    await house.supervisor.stop(1)
+
+
+@in_fake_time
+async def test_a_reload_keeps_the_workers_that_the_load_needs_and_scales_on() -> None:
+    house = await started(House(elastic()))
+    clients = [house.submit() for _ in range(3)]
+    await asyncio.sleep(8)
+    assert house.states == "0:BUSY 1:BUSY 2:BUSY"
+    replace = asyncio.create_task(house.supervisor.replace(elastic(max_workers=2), 1))
+    await settle()
+    assert len(house.lanes) == 2
+    for client in clients:
+        assert await answered(client) == b"ok"
+    await replace
+    await house.supervisor.settled()
+    await asyncio.sleep(60)
+    assert len(house.lanes) == 1
+    await house.supervisor.stop(1)
+
+
+@in_fake_time
+async def test_a_reload_ends_the_start_of_an_added_worker() -> None:
+    house = await started(House(elastic()))
+    FakeGroup.slow = {"m/1": 1000.0}
+    clients = [house.submit() for _ in range(2)]
+    await asyncio.sleep(4)
+    assert house.states == "0:BUSY 1:LOADING"
+    FakeGroup.slow = {}
+    await house.supervisor.replace(elastic(), 1)
+    for client in clients:
+        assert await answered(client) == b"ok"
+    await house.supervisor.settled()
+    assert len(FakeGroup.living()) == 1
+    await house.supervisor.stop(1)
+
+
+@in_fake_time
+async def test_what_nobody_foresaw_does_not_end_the_scaling(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    house = await started(House(elastic()))
+    with monkeypatch.context() as broken:
+        broken.setattr("minserve.worker.crew.Crew.recruit", lambda *_: 1 / 0)
+        clients = [house.submit() for _ in range(2)]
+        await asyncio.sleep(4)
+    assert "ZeroDivisionError" in caplog.text
+    await asyncio.sleep(4)
+    assert house.states == "0:BUSY 1:BUSY"
+    for client in clients:
+        assert await answered(client) == b"ok"
+    await house.supervisor.stop(1)
+
+
+@in_fake_time
+async def test_a_model_of_a_fixed_size_looks_at_nothing() -> None:
+    house = await started(House(crew_spec(min_workers=2, max_workers=2), count=2))
+    assert house.supervisor._scaling is None
+    await house.supervisor.stop(1)
+
+
+@in_fake_time
+async def test_two_models_share_one_account_of_devices() -> None:
+    allocator = DeviceAllocator(Inventory(("0", "1")))
+    first = await started(House(crew_spec(2), allocator=allocator))
+    second = await started(House(dataclasses.replace(crew_spec(2), name="n"), allocator=allocator))
+    assert first.states == "0:READY"
+    assert "n/0 needs 2 device(s), 0 of 2 are free; m/0 owns 0, 1" in str(second.not_ready())
+    await first.supervisor.stop(1)
+    await second.supervisor.stop(1)

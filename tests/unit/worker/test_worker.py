@@ -1,19 +1,18 @@
 import asyncio
 import math
-from collections.abc import Mapping
 from pathlib import Path
-from typing import ClassVar
 
 import pytest
 
 from minserve.dispatch.dispatcher import Dispatcher
 from minserve.dispatch.request import Reply, Request
 from minserve.errors import WorkerFailed
-from minserve.wire.messages import Answer, RequestMeta
-from minserve.worker.devices import DeviceAllocator, Devices, Inventory
-from minserve.worker.endpoints import Endpoints
-from minserve.worker.spec import ModelSpec
-from minserve.worker.worker import RankReport, State, Worker
+from minserve.telemetry.events import EventLog
+from minserve.wire.messages import RequestMeta
+from minserve.worker.devices import DeviceAllocator, Inventory
+from minserve.worker.states import State
+from minserve.worker.worker import RankReport, Worker
+from tests.unit.worker.groups import FakeGroup, no_ranks
 from tests.unit.worker.specs import make_spec, model_config, until
 
 pytestmark = pytest.mark.asyncio
@@ -21,87 +20,9 @@ pytestmark = pytest.mark.asyncio
 TWO_GPUS = Inventory(("4", "5"))
 
 
-class FakeGroup:
-    """Stands in for a RankGroup: does nothing but tell what was asked of it."""
-
-    made: ClassVar[list["FakeGroup"]] = []
-    failing: ClassVar[dict[str, Exception]] = {}  # step → what it raises
-    hanging: ClassVar[set[str]] = set()
-
-    def __init__(
-        self,
-        spec: ModelSpec,
-        who: str,
-        slot: int,
-        directory: Path,
-        devices: Devices,
-        environ: Mapping[str, str],
-        on_free: object,
-    ) -> None:
-        self.devices = devices
-        self.on_free = on_free
-        self.calls: list[str] = []
-        self.batches: list[list[Request]] = []
-        self.failed: asyncio.Future[WorkerFailed] = asyncio.get_running_loop().create_future()
-        self.served = False
-        self.agent_pid = 4711
-        self.pids = {0: 4712}
-        self.endpoints = Endpoints(f"unix:{directory}/worker.", slot * spec.world_size, spec.world_size)
-        FakeGroup.made.append(self)
-
-    async def _step(self, name: str) -> None:
-        self.calls.append(name)
-        if name in self.hanging:
-            await asyncio.Event().wait()
-        if name in self.failing:
-            raise self.failing[name]
-
-    def launch(self) -> None:
-        self.calls.append("launch")
-        if "launch" in self.failing:
-            raise self.failing["launch"]
-
-    async def connect(self, timeout: float) -> None:
-        self.accept_timeout = timeout
-        await self._step("connect")
-
-    async def load(self, timeout: float) -> None:
-        self.load_timeout = timeout
-        await self._step("load")
-
-    def has_place(self) -> bool:
-        return not self.busy and not self.failed.done()
-
-    def send(self, requests: list[Request]) -> None:
-        self.batches.append(requests)
-
-    @property
-    def busy(self) -> bool:
-        return bool(self.batches)
-
-    def finish(self) -> None:
-        for request in self.batches.pop():
-            request.answer(Answer(0, 2), b"ok")
-        assert callable(self.on_free)
-        self.on_free()
-
-    async def end(self, exit_timeout: float) -> None:
-        self.exit_timeout = exit_timeout
-        await self._step("end")
-
-    async def kill(self) -> None:
-        await self._step("kill")
-
-    def stage(self, rank: int) -> str:
-        return f"weights of {rank}"
-
-
 @pytest.fixture(autouse=True)
 def fake_groups(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("minserve.worker.worker.RankGroup", FakeGroup)
-    monkeypatch.setattr(FakeGroup, "made", [])
-    monkeypatch.setattr(FakeGroup, "failing", {})
-    monkeypatch.setattr(FakeGroup, "hanging", set())
+    no_ranks(monkeypatch)
 
 
 class Setup:
@@ -109,7 +30,7 @@ class Setup:
         self.dispatcher = Dispatcher(asyncio.get_running_loop(), "m", 1, 0.0, 10)
         self.allocator = DeviceAllocator(inventory)
         spec = make_spec(2, config=model_config("tp", minserve, parallel_level=2))
-        self.worker = Worker(spec, number, Path("/run/m1"), self.dispatcher, self.allocator, {})
+        self.worker = Worker(spec, number, Path("/run/m1"), self.dispatcher, self.allocator, {}, EventLog("m"))
 
     def state(self) -> State:
         return self.worker.state
@@ -122,6 +43,10 @@ class Setup:
         loop = asyncio.get_running_loop()
         request = Request(RequestMeta("", (), ()), [], math.inf, loop.create_future())
         return asyncio.create_task(self.dispatcher.submit(request))
+
+    async def start(self) -> None:
+        await self.worker.start()
+        self.worker.serve()
 
     async def make_busy(self) -> asyncio.Task[Reply]:
         client = self.submit()
@@ -139,31 +64,6 @@ class Setup:
         return True
 
 
-ALLOWED = {
-    State.STARTING: "CONNECTING FAILED STOPPED",
-    State.CONNECTING: "LOADING FAILED STOPPED",
-    State.LOADING: "READY FAILED STOPPED",
-    State.READY: "DRAINING FAILED STOPPED",  # BUSY is READY with a batch under way, nothing that is entered
-    State.DRAINING: "FAILED STOPPED",
-    State.FAILED: "STARTING STOPPED",
-    State.STOPPED: "STARTING",
-}
-
-
-@pytest.mark.parametrize("after", State)
-@pytest.mark.parametrize("before", ALLOWED)
-async def test_only_the_drawn_ways_lead_from_state_to_state(before: State, after: State) -> None:
-    worker = Setup().worker
-    worker._state = before
-    if after in ALLOWED[before].split():
-        worker._enter(after)
-        assert worker.state is after
-    else:
-        with pytest.raises(AssertionError, match=f"no way from {before} to {after}"):
-            worker._enter(after)
-        assert worker.state is before
-
-
 async def test_a_start_goes_through_launch_connect_and_load_and_only_then_takes_batches() -> None:
     setup = Setup()
     client = setup.submit()
@@ -178,6 +78,9 @@ async def test_a_start_goes_through_launch_connect_and_load_and_only_then_takes_
 
     FakeGroup.hanging = set()
     await setup.worker.start()
+    assert setup.state() is State.READY
+    assert setup.group.batches == [], "one on trial takes none"
+    setup.worker.serve()
     await until(lambda: setup.group.batches)
     assert setup.state() is State.BUSY
     setup.group.finish()
@@ -232,8 +135,24 @@ async def test_what_nobody_foresaw_leaves_no_process_behind_and_is_a_reason_too(
     assert setup.group.calls[-1] == "kill"
     assert setup.state() is State.FAILED
     assert "too many open files" in setup.worker.report().last_error
-    setup.worker.give_up()
+    setup.worker.release()
     assert setup.devices_are_free
+
+
+async def test_a_group_whose_end_went_wrong_is_ended_before_the_next_one_is_made() -> None:
+    setup = Setup()
+    FakeGroup.failing = {"load": WorkerFailed("no"), "kill": OSError("no file descriptors")}
+    with pytest.raises(OSError, match="no file descriptors"):
+        await setup.worker.start()
+    (first,) = FakeGroup.made
+    FakeGroup.failing = {"kill": OSError("still none")}
+    with pytest.raises(OSError, match="still none"):
+        await setup.worker.start()
+    assert FakeGroup.made == [first], "there is no second group while the first may live"
+    FakeGroup.failing = {}
+    await setup.worker.start()
+    assert first.calls[-1] == "kill"
+    assert setup.state() is State.READY
 
 
 @pytest.mark.parametrize("step", ["connect", "load"])
@@ -250,10 +169,33 @@ async def test_a_start_that_is_cancelled_ends_what_it_has_started(step: str) -> 
     assert setup.devices_are_free
 
 
+async def test_clients_in_flight_read_when_the_worker_will_be_back() -> None:
+    setup = Setup()
+    setup.worker.comeback = lambda served: 7.0 if served else 3.0
+    await setup.start()
+    client = await setup.make_busy()
+    setup.group.served = True
+    setup.group.fail(WorkerFailed("m/0: rank 1 died"))
+    with pytest.raises(WorkerFailed) as caught:
+        await client
+    assert caught.value.retry_after == 7
+    await setup.worker.failed()
+
+
+async def test_a_failure_that_nobody_has_attended_to_yet_is_one_already() -> None:
+    setup = Setup()
+    await setup.start()
+    assert setup.worker.serving
+    setup.group.fail(WorkerFailed("m/0: rank 1 died"))
+    assert (setup.state(), setup.worker.serving) == (State.FAILED, False)
+    await setup.worker.failed()
+    assert setup.state() is State.FAILED
+
+
 @pytest.mark.parametrize("served", [True, False])
 async def test_a_ready_worker_that_fails_takes_no_more_batches_and_is_killed(served: bool) -> None:
     setup = Setup()
-    await setup.worker.start()
+    await setup.start()
     failed = asyncio.create_task(setup.worker.failed())
     setup.group.served = served
     setup.group.failed.set_result(WorkerFailed("m/0: rank 1 died"))
@@ -283,7 +225,7 @@ async def test_waiting_for_a_failure_can_be_cancelled_without_ending_the_worker(
 
 async def test_a_stop_lets_the_batch_in_flight_finish_and_then_ends_the_ranks() -> None:
     setup = Setup(exit_timeout=3.0)
-    await setup.worker.start()
+    await setup.start()
     client = await setup.make_busy()
     stop = asyncio.create_task(setup.worker.stop(30))
     await until(lambda: setup.state() is State.DRAINING)
@@ -293,7 +235,7 @@ async def test_a_stop_lets_the_batch_in_flight_finish_and_then_ends_the_ranks() 
     setup.group.finish()
     await client
     await stop
-    assert setup.group.calls[3:] == ["end", "kill"]
+    assert setup.group.calls[3] == "end"
     assert setup.group.exit_timeout == 3
     assert setup.state() is State.STOPPED
     assert setup.devices_are_free
@@ -302,20 +244,26 @@ async def test_a_stop_lets_the_batch_in_flight_finish_and_then_ends_the_ranks() 
     await asyncio.gather(late, return_exceptions=True)
 
 
-@pytest.mark.parametrize("dies", [False, True])
-async def test_a_drain_ends_with_its_time_or_with_its_group(dies: bool) -> None:
+@pytest.mark.parametrize("why", ["its time", "its group", "a hurry"])
+async def test_a_drain_ends_with_its_time_or_its_group_or_when_there_is_a_hurry(why: str) -> None:
     setup = Setup()
-    await setup.worker.start()
+    await setup.start()
     client = await setup.make_busy()
-    stop = asyncio.create_task(setup.worker.stop(60.0 if dies else 0.01))
+    stop = asyncio.create_task(setup.worker.stop(0.01 if why == "its time" else 60.0))
     await until(lambda: setup.state() is State.DRAINING)
-    if dies:
+    if why == "its group":
         setup.group.failed.set_result(WorkerFailed("rank 1 died"))
+    elif why == "a hurry":
+        stop.cancel()
     async with asyncio.timeout(10):
-        await stop
+        await asyncio.wait([stop])
+    assert stop.cancelled() == (why == "a hurry")
+    assert ("end" in setup.group.calls) == (why != "a hurry")
+    assert setup.group.calls[-1] == "kill"
     assert setup.state() is State.STOPPED
-    client.cancel()
-    await asyncio.gather(client, return_exceptions=True)
+    assert setup.devices_are_free
+    with pytest.raises(WorkerFailed, match="was stopped"):
+        await client
 
 
 async def test_a_failed_worker_stops_and_a_stopped_one_stays_so() -> None:
@@ -327,6 +275,29 @@ async def test_a_failed_worker_stops_and_a_stopped_one_stays_so() -> None:
         await setup.worker.stop(1)
         assert setup.state() is State.STOPPED
     assert setup.devices_are_free
+
+
+async def test_devices_can_be_taken_before_the_start_and_given_back_without_one() -> None:
+    setup = Setup()
+    setup.worker.reserve()
+    assert not setup.devices_are_free
+    await setup.worker.stop(1)
+    assert setup.devices_are_free
+
+
+async def test_batches_are_counted() -> None:
+    setup = Setup()
+    await setup.start()
+    for count in (1, 2):
+        client = await setup.make_busy()
+        assert setup.worker.sent == count
+        setup.group.finish()
+        await client
+
+
+@pytest.mark.parametrize(("number", "addresses"), [(0, range(2)), (3, range(6, 8))])
+async def test_the_endpoints_follow_from_the_number(number: int, addresses: range) -> None:
+    assert Setup(number).worker.addresses == addresses
 
 
 async def test_the_report_shows_ranks_endpoints_devices_and_progress() -> None:

@@ -1,0 +1,79 @@
+"""What the broadcast is built on: a link to a rank, the limits of a worker's batches, and a batch that is under way."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Protocol
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
+    from minserve.dispatch.request import Request
+    from minserve.wire.frames import Frame
+    from minserve.wire.messages import Buffer, Failure
+    from minserve.worker.blame import Cause
+
+
+class RankLink(Protocol):
+    """What the broadcast needs of a link; `Link` in life, an in-memory one in tests."""
+
+    rank: int
+    pid: int
+    has_room: bool
+
+    def write(self, pieces: Sequence[Buffer]) -> None:
+        """Queues a frame."""
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """How many batches may be under way, how long each may take, and how far a stream may be ahead. Times are seconds.
+
+    Attributes:
+        stall_timeout: 0 is never.
+        stream_ahead: steps.
+        stream_buffer: bytes that may wait for one client.
+    """
+
+    in_flight: int
+    response_timeout: float
+    first_batch_timeout: float
+    error_grace: float
+    reply_after_all: bool = False
+    stall_timeout: float = 0.0
+    stream_ahead: int = 8
+    stream_buffer: int = 1024 * 1024
+
+
+@dataclass(slots=True)
+class Outstanding:
+    """A batch that every rank has been sent. Without requests it is a probe.
+
+    Attributes:
+        limit: seconds it may take, or until the next chunk.
+        due: when the worker fails for it; never while the ranks wait for a grant.
+        granted: the step up to which its stream may go; `step` is the last that rank 0 has sent.
+        failures: what ranks have reported, by rank, and the same as causes.
+        on_change: called when one of its clients keeps up again or has left.
+        on_passed: called when every rank is through a probe.
+        held: rank 0's reply, while other ranks' DONE is waited for.
+    """
+
+    seq: int
+    requests: list[Request]
+    limit: float
+    due: float
+    granted: int = 0
+    step: int = 0
+    cancelled: bool = False
+    on_change: Callable[[], None] | None = None
+    on_passed: Callable[[], None] | None = None
+    failures: dict[int, Failure] = field(default_factory=dict)
+    causes: list[Cause] = field(default_factory=list)
+    held: Frame | None = None
+    done: set[int] = field(default_factory=set)
+
+    @property
+    def waits_for_grant(self) -> bool:
+        """Whether rank 0 has used up its grant: what it waits for are the clients."""
+        return self.step >= self.granted

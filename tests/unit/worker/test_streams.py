@@ -1,0 +1,196 @@
+"""Streams over a broadcast with in-memory links: four steps are granted ahead, a client may have 100 bytes waiting."""
+
+import math
+
+import pytest
+
+from minserve.errors import DeadlineExceeded
+from minserve.telemetry.events import EventKind
+from minserve.wire.frames import Kind
+from minserve.wire.messages import Batch, unpack
+from minserve.worker.streams import WITHOUT_END
+from tests.unit.worker.broadcasts import AHEAD, BUFFER, TIMEOUT, Group, error_of, failure
+
+pytestmark = pytest.mark.asyncio
+
+
+async def read(stream: object, chunks: int = 1) -> None:
+    for _ in range(chunks):
+        assert await stream.next()  # type: ignore[attr-defined]
+
+
+def cancelled(group: Group, rank: int, seq: int) -> None:
+    group.error(rank, seq, failure("cancelled", "", "", tuple(range(len(group.links)))))
+
+
+async def test_a_batch_carries_its_first_grant() -> None:
+    group = Group()
+    group.send(b"x")
+    assert unpack(Batch, group.links[1].frames[0].meta).grant == AHEAD
+
+
+async def test_while_clients_keep_up_every_rank_is_granted_the_same_steps_ahead_of_rank_0() -> None:
+    group = Group(ranks=3)
+    (request,) = group.send(b"x")
+    for step in range(1, 10):
+        group.chunk(1, (0, b"c"))
+        assert request.stream is not None
+        await read(request.stream)
+        granted = group.told(Kind.GRANT)[-1] if group.told(Kind.GRANT) else AHEAD
+        assert step < granted <= step + AHEAD
+    assert group.told(Kind.GRANT, 0) == group.told(Kind.GRANT, 1) == group.told(Kind.GRANT, 2) == [6, 8, 10, 12]
+
+
+async def test_a_client_that_reads_nothing_holds_all_ranks_at_one_step_and_the_clock_with_them() -> None:
+    group = Group()
+    group.finish()
+    (request,) = group.send(b"x")
+    for _ in range(AHEAD):
+        group.chunk(2, (0, b"c" * BUFFER))
+    assert group.told(Kind.GRANT) == []
+    group.clock.advance(100 * TIMEOUT)
+    assert group.broken == [], "the ranks wait for a client, who has a time-out of his own"
+    assert request.stream is not None
+    await read(request.stream, AHEAD - 1)
+    assert group.told(Kind.GRANT) == [], "there is still a whole buffer of it"
+    await read(request.stream)
+    assert group.told(Kind.GRANT, 0) == group.told(Kind.GRANT, 1) == [2 * AHEAD]
+    group.clock.advance(TIMEOUT - 0.1)
+    assert group.broken == []
+    group.clock.advance(0.2)
+    assert [cause.detail for cause in group.broken] == ["did not finish batch 2 within 10 s"]
+
+
+async def test_one_slow_client_of_a_batch_holds_the_others() -> None:
+    group = Group()
+    slow, quick = group.send(b"x", b"y")
+    for _ in range(AHEAD):
+        group.chunk(1, (0, b"c" * BUFFER), (1, b"c"))
+        assert quick.stream is not None
+        await read(quick.stream)
+    assert group.told(Kind.GRANT) == []
+    assert slow.stream is not None
+    slow.stream.mute()
+    assert group.told(Kind.GRANT) == [2 * AHEAD], "it has left: nobody waits for it"
+
+
+async def test_when_all_clients_have_left_every_rank_is_told_to_end_behind_the_last_granted_step() -> None:
+    group = Group(ranks=2)
+    first, second = group.send(b"x", b"y")
+    group.chunk(1, (0, b"c"), (1, b"c"))
+    group.steps = {0: 1, 1: 2}
+    assert first.stream is not None
+    assert second.stream is not None
+    first.stream.mute()
+    assert group.told(Kind.CANCEL) == []
+    second.stream.mute()
+    assert group.told(Kind.CANCEL, 0) == group.told(Kind.CANCEL, 1) == [AHEAD]
+    for step in range(2, AHEAD + 1):  # up to there rank 0 goes on
+        group.chunk(1, (0, b"c"), step=step)
+    assert group.told(Kind.GRANT) == []
+    cancelled(group, 1, 1)
+    assert group.continued(0) == []
+    cancelled(group, 0, 1)
+    assert group.continued(0) == group.continued(1) == [1]
+    assert not group.broadcast.busy
+    assert group.events == [(EventKind.STREAM_CANCELLED, 0)]
+    assert group.broken == []
+
+
+async def test_a_cancelled_stream_that_ends_by_itself_is_over_like_any_other() -> None:
+    group = Group()
+    (request,) = group.send(b"x")
+    group.chunk(1, (0, b"c"))
+    group.steps = {0: 1, 1: 1}
+    assert request.stream is not None
+    request.stream.mute()
+    assert group.told(Kind.CANCEL) == [AHEAD]
+    group.reply(1, b"")
+    assert not group.broadcast.busy
+
+
+async def test_ranks_that_leave_a_cancelled_stream_at_different_steps_are_out_of_step() -> None:
+    group = Group()
+    group.send(b"x")
+    group.chunk(1, (0, b"c"))
+    cancelled(group, 1, 1)
+    group.reply(1, b"")
+    assert "was at another step" in str(group.broken[0])
+    assert group.broken[0].rank == 1
+
+
+async def test_a_stream_of_rank_0_alone_runs_on_for_nobody() -> None:
+    """A rank that counts no steps cannot be told where to stop."""
+    group = Group()
+    (request,) = group.send(b"x")
+    group.chunk(1, (0, b"c"))
+    group.steps = {0: 1}
+    assert request.stream is not None
+    request.stream.mute()
+    for _ in range(20):
+        group.chunk(1, (0, b"c" * BUFFER))
+        group.broadcast.look()
+    assert group.told(Kind.CANCEL) == []
+    assert group.told(Kind.GRANT)[-1] > 20
+    group.reply(1, b"")
+    assert not group.broadcast.busy
+
+
+async def test_a_cancel_waits_until_every_rank_has_counted_a_step() -> None:
+    group = Group()
+    (request,) = group.send(b"x")
+    group.chunk(1, (0, b"c"))
+    group.steps = {0: 1}
+    assert request.stream is not None
+    request.stream.mute()
+    group.broadcast.look()
+    assert group.told(Kind.CANCEL) == []
+    group.steps = {0: 1, 1: 1}
+    group.broadcast.look()
+    group.broadcast.look()
+    assert group.told(Kind.CANCEL) == [AHEAD]
+
+
+async def test_clients_that_leave_before_the_first_chunk_are_found_at_the_next_look() -> None:
+    group = Group()
+    (request,) = group.send(b"x")
+    request.reply.cancel()
+    group.broadcast.look()
+    assert group.told(Kind.CANCEL) == [], "it may be no stream at all"
+    group.steps = {0: 1, 1: 1}
+    group.broadcast.look()
+    assert group.told(Kind.CANCEL) == [AHEAD]
+
+
+async def test_a_deadline_that_passes_before_the_first_chunk_cancels_as_well() -> None:
+    group = Group()
+    (request,) = group.send(b"x")
+    request.fail(DeadlineExceeded("late"))
+    group.steps = {0: 1, 1: 1}
+    group.chunk(1, (0, b"c"))
+    assert group.told(Kind.CANCEL) == [AHEAD]
+    assert isinstance(error_of(request), DeadlineExceeded)
+
+
+async def test_after_a_chunk_that_cannot_be_sent_the_ranks_are_let_run_to_their_end() -> None:
+    group = Group()
+    (request,) = group.send(b"x")
+    group.chunk(1, (0, b"c"))
+    group.error(0, 1, failure("refused", ""))
+    assert group.told(Kind.GRANT, 0) == group.told(Kind.GRANT, 1) == [WITHOUT_END]
+    assert not group.broadcast.busy
+    assert request.stream is not None
+    assert request.deadline == math.inf
+
+
+async def test_a_client_that_leaves_after_the_end_of_its_stream_changes_nothing() -> None:
+    group = Group()
+    (request,) = group.send(b"x")
+    group.chunk(1, (0, b"c" * BUFFER))
+    group.steps = {0: 1, 1: 1}
+    group.reply(1, b"")
+    assert request.stream is not None
+    await read(request.stream)
+    request.stream.mute()
+    assert group.told(Kind.CANCEL) == []
+    assert group.told(Kind.GRANT) == []
