@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import os
 import signal
@@ -21,10 +22,14 @@ from minserve.errors import ConfigError, MinServeError
 
 if TYPE_CHECKING:
     from minserve.config.server import ServerOptions
+    from minserve.playlist import Playlist
+    from minserve.replay import Replay
 
 DEFAULT_MANAGEMENT_URL = "http://127.0.0.1:8081"
 REQUEST_TIMEOUT_S = 5.0
 DETACH_TIMEOUT_S = 30.0
+STATUS_EVENTS = 5  # the latest of each model
+DETACHED_LOG_FILE = "minserve.log"
 
 app = typer.Typer(
     name="minserve",
@@ -46,6 +51,12 @@ def _version(wanted: bool) -> None:
         raise typer.Exit
 
 
+def _obey_signals() -> None:
+    """As any command does: Ctrl-C shall not look like success. See __main__."""
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
 @app.callback()
 def _root(
     context: typer.Context,
@@ -53,9 +64,8 @@ def _root(
         bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")
     ] = False,
 ) -> None:
-    if context.invoked_subcommand != "start":  # Ctrl-C shall not look like success; see __main__
-        signal.signal(signal.SIGTERM, signal.SIG_DFL)
-        signal.signal(signal.SIGINT, signal.default_int_handler)
+    if context.invoked_subcommand != "start":
+        _obey_signals()
 
 
 @app.command()
@@ -72,8 +82,13 @@ def start(
     log_level: Annotated[
         str | None, typer.Option(envvar="MINSERVE_LOG_LEVEL", help="debug, info, warning or error. Default: info.")
     ] = None,
+    reload: Annotated[
+        bool, typer.Option("--reload", help="Reload a model when a file of its directory changes. For development.")
+    ] = False,
     detach: Annotated[bool, typer.Option("--detach", help="Serve in the background; `minserve stop` ends it.")] = False,
-    log_file: Annotated[Path, typer.Option(help="Where a detached server logs.")] = Path("minserve.log"),
+    log_file: Annotated[
+        Path | None, typer.Option(help="Log to this file. Default: stderr; with --detach minserve.log.")
+    ] = None,
 ) -> None:
     """Serve every model of a model store, in the foreground."""
     from minserve.config.server import read_server_options
@@ -85,6 +100,7 @@ def start(
         "host": host,
         "inference_port": inference_port,
         "management_port": management_port,
+        "reload": reload or None,
         "log_level": log_level.lower() if log_level else None,
     }
     try:
@@ -92,64 +108,87 @@ def start(
     except ConfigError as error:
         _fail(error)
     if detach:
-        _detach(log_file)
+        _detach(log_file or Path(DETACHED_LOG_FILE))
     else:
-        _serve(options)
+        _serve(options, log_file)
 
 
-def _serve(options: ServerOptions) -> None:
+def _serve(options: ServerOptions, log_file: Path | None) -> None:
     import uvloop
 
     from minserve import console
+    from minserve.registry.watch import watch
     from minserve.server import Server
     from minserve.telemetry import logging
 
     async def serve() -> None:
         server = Server(options, os.environ)
-        watcher = asyncio.create_task(console.watch_start(server))
+        beside = [asyncio.create_task(console.watch_start(server, log.say))]
+        if options.reload:
+            beside.append(asyncio.create_task(reload_what_changes(server)))
         try:
             await server.run()
         finally:
-            watcher.cancel()
+            for task in beside:
+                task.cancel()
 
-    logging.configure(options.log_level)
+    async def reload_what_changes(server: Server) -> None:
+        await server.listening.wait()
+        await watch(server.registry)
+
+    try:
+        log = logging.configure(options.log_level, log_file, options.log_max_bytes, options.log_files)
+    except OSError as error:
+        _fail(f"--log-file {log_file}: {error.strerror}")
+    failure = None
     try:
         uvloop.run(serve())
     except MinServeError as error:
-        _fail(error)
+        failure = error
+    finally:
+        log.close()
+    if failure is not None:
+        _fail(failure)  # after what was logged before it
 
 
 def _detach(log_file: Path) -> None:
     """Starts the same command in the background and waits until it listens, or has said why it does not."""
     from minserve.worker.runtime import live_servers
 
+    _obey_signals()
     arguments = [argument for argument in sys.argv[1:] if argument != "--detach"]
+    behind = arguments.index("start") + 1
+    arguments[behind:behind] = ["--log-file", str(log_file)]
     try:
-        log_file.open("ab").close()
+        with log_file.open("ab") as log:
+            begin = log.tell()
+            # The log itself is the server's own affair. What goes past it, a traceback from the depths, ends up there too.
+            process = subprocess.Popen(
+                [sys.executable, "-m", "minserve", *arguments],
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=log,
+                start_new_session=True,
+            )
     except OSError as error:
         _fail(f"--log-file {log_file}: {error.strerror}")
-    with log_file.open("ab") as log:
-        begin = log.tell()
-        process = subprocess.Popen(
-            [sys.executable, "-m", "minserve", *arguments],
-            stdin=subprocess.DEVNULL,
-            stdout=log,
-            stderr=log,
-            start_new_session=True,
-        )
-    deadline = time.monotonic() + DETACH_TIMEOUT_S
-    while time.monotonic() < deadline:
-        if process.poll() is not None:
-            with log_file.open("rb") as log:
-                log.seek(begin)
-                typer.echo(log.read().decode("utf-8", "replace").rstrip(), err=True)
-            raise typer.Exit(process.returncode or 1)
-        for server in live_servers(os.environ):
-            if server.pid == process.pid:
-                typer.echo(f"minserve is starting in the background, pid {server.pid}, log {log_file}")
-                typer.echo(f"  inference   {server.inference}\n  management  {server.management}")
-                return
-        time.sleep(0.05)
+    try:
+        deadline = time.monotonic() + DETACH_TIMEOUT_S
+        while time.monotonic() < deadline:
+            if process.poll() is not None:
+                with log_file.open("rb") as log:
+                    log.seek(begin if begin <= log_file.stat().st_size else 0)  # it may be a new file by now
+                    typer.echo(log.read().decode("utf-8", "replace").rstrip(), err=True)
+                raise typer.Exit(process.returncode or 1)
+            for server in live_servers(os.environ):
+                if server.pid == process.pid:
+                    typer.echo(f"minserve is starting in the background, pid {server.pid}, log {log_file}")
+                    typer.echo(f"  inference   {server.inference}\n  management  {server.management}")
+                    return
+            time.sleep(0.05)
+    except KeyboardInterrupt:
+        process.terminate()
+        raise
     process.terminate()
     _fail(f"the server did not listen within {DETACH_TIMEOUT_S:g} s, see {log_file}")
 
@@ -158,6 +197,7 @@ def _detach(log_file: Path) -> None:
 def stop(
     pid: Annotated[int | None, typer.Option(help="Which server, where several run.")] = None,
     timeout: Annotated[float, typer.Option(help="Seconds to wait for the drain and the end.")] = 60.0,
+    now: Annotated[bool, typer.Option("--now", help="Do not let finish what is in flight.")] = False,
 ) -> None:
     """Stop a server of this user: what is in flight finishes first."""
     from minserve.worker.runtime import live_servers
@@ -173,10 +213,13 @@ def stop(
     os.kill(server.pid, signal.SIGTERM)
     deadline = time.monotonic() + timeout
     while time.monotonic() < deadline:
+        time.sleep(0.05)
         if all(other.pid != server.pid for other in live_servers(os.environ)):
             typer.echo(f"minserve: stopped pid {server.pid}")
             return
-        time.sleep(0.05)
+        if now:
+            with contextlib.suppress(ProcessLookupError):  # it may have ended just now
+                os.kill(server.pid, signal.SIGINT)  # each signal after the first cuts a stage of the end short
     _fail(f"pid {server.pid} still runs after {timeout:g} s")
 
 
@@ -185,26 +228,43 @@ def status(
     url: Annotated[
         str | None, typer.Option(help="Management address. Default: that of the server that runs here.")
     ] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print the JSON of /models/{model}.")] = False,
+    as_json: Annotated[
+        bool, typer.Option("--json", help="Print the JSON of /models/{model}, with the latest events.")
+    ] = False,
 ) -> None:
     """Show the models, workers and ranks of a running server."""
     from minserve import console
-    from minserve.worker.runtime import live_servers
 
-    if url is None:
-        servers = live_servers(os.environ)
-        if len(servers) > 1:
-            _fail(f"several servers are running, choose one with --url: {', '.join(s.management for s in servers)}")
-        url = servers[0].management if len(servers) == 1 else DEFAULT_MANAGEMENT_URL
+    url = url or _running_server()
     try:
-        models = [_get(f"{url}/models/{name}/all") for name in _model_names(url)]
+        described = [version for name in _model_names(url) for version in _describe(url, name)]
     except (urllib.error.URLError, OSError, ValueError, KeyError, TypeError) as error:
         _fail(f"no answer from {url}: {getattr(error, 'reason', error)}")
-    described = [version for versions in models if isinstance(versions, list) for version in versions]
     if as_json:
         typer.echo(json.dumps(described, indent=2))
     else:
         console.print_status(url, described)
+
+
+def _running_server() -> str:
+    """The management address of the server that runs here."""
+    from minserve.worker.runtime import live_servers
+
+    servers = live_servers(os.environ)
+    if len(servers) > 1:
+        _fail(f"several servers are running, choose one with --url: {', '.join(s.management for s in servers)}")
+    return servers[0].management if servers else DEFAULT_MANAGEMENT_URL
+
+
+def _describe(url: str, name: str) -> list[dict[str, object]]:
+    """What management says of each version of a model, with its latest events."""
+    versions = _get(f"{url}/models/{name}/all")
+    assert isinstance(versions, list)
+    for version in versions:
+        answer = _get(f"{url}/models/{name}/{version.get('modelVersion', 'all')}/events?limit={STATUS_EVENTS}")
+        assert isinstance(answer, dict)
+        version["events"] = answer["events"]
+    return versions
 
 
 def _model_names(url: str) -> list[str]:
@@ -256,3 +316,109 @@ def schema() -> None:
     from minserve.config.model import json_schema
 
     typer.echo(json.dumps(json_schema(), indent=2))
+
+
+@app.command()
+def record(
+    model: Annotated[str, typer.Argument(help="Name of a model that is served.", metavar="MODEL")],
+    file: Annotated[Path, typer.Argument(help="Where the recording goes; a new file.", metavar="FILE", dir_okay=False)],
+    worker: Annotated[int, typer.Option(help="Number of the worker.")] = 0,
+    bodies: Annotated[bool, typer.Option("--bodies/--no-bodies", help="Keep the requests' bodies, too.")] = False,
+    max_bytes: Annotated[
+        int, typer.Option(help="Bytes on disk; the newest batches are kept, at half of it FILE becomes FILE.1.")
+    ] = 256 * 1024 * 1024,
+    url: Annotated[
+        str | None, typer.Option(help="Management address. Default: that of the server that runs here.")
+    ] = None,
+) -> None:
+    """Record the batches of a worker until Ctrl-C, for `minserve replay`. The file holds what clients sent."""
+    from minserve import recording
+
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        kept = recording.RecordingFile(file, max_bytes)
+        try:
+            reason = recording.record(url or _running_server(), model, worker, bodies, kept, typer.echo)
+        except KeyboardInterrupt:
+            reason = ""
+        finally:
+            kept.close()
+    except MinServeError as error:
+        _fail(error)
+    typer.echo(f"batches recorded: {kept.batches}{f'; the server has ended the recording: {reason}' if reason else ''}")
+
+
+@app.command()
+def replay(
+    file: Annotated[Path, typer.Argument(help="A recording; FILE.1 is read before it.", metavar="FILE")],
+    model_dir: Annotated[Path, typer.Argument(help="The model directory to play it into.", metavar="MODEL_DIR")],
+    nproc: Annotated[int | None, typer.Option(help="Ranks. Default: as the model directory says.")] = None,
+    seq: Annotated[str | None, typer.Option(help="Batches to play: A:B, both among them. Default: all.")] = None,
+    incarnation: Annotated[
+        str | None,
+        typer.Option(help="Which life of the worker, where the recording has several; its beginning is enough."),
+    ] = None,
+) -> None:
+    """Play recorded batches into a rank group of a model directory. Exit 1 if one fails."""
+    from minserve.playlist import choose, parse_range
+    from minserve.recording import read_recording
+
+    try:
+        records, warnings = read_recording(file)
+        playlist = choose(records, parse_range(seq), incarnation)
+    except MinServeError as error:
+        _fail(error)
+    for warning in [*warnings, *playlist.notes]:
+        typer.echo(f"minserve: {warning}", err=True)
+    _replay(playlist, model_dir, nproc)
+
+
+def _replay(playlist: Playlist, model_dir: Path, nproc: int | None) -> None:
+    import uvloop
+
+    from minserve.config.server import ServerOptions
+    from minserve.registry.models import read_devices, validate_model
+    from minserve.registry.store import Location
+    from minserve.replay import Replay, with_ranks
+    from minserve.telemetry import logging
+
+    async def play() -> Replay:
+        asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, asyncio.current_task().cancel)  # type: ignore[union-attr]
+        played = Replay(spec, inventory, os.environ, typer.echo)
+        await played.run(playlist.batches)
+        return played
+
+    log = None
+    try:
+        inventory = read_devices(os.environ)
+        model = validate_model(Location(Path(os.path.abspath(model_dir))), ServerOptions(), inventory)
+        spec = with_ranks(model.spec, nproc)
+        if spec.world_size != playlist.header.world_size:
+            what = f"recorded with {playlist.header.world_size} ranks, played with {spec.world_size}"
+            typer.echo(f"minserve: {what}", err=True)
+        log = logging.configure("info")
+        played = uvloop.run(play())
+    except MinServeError as error:
+        failure = str(error) + "".join(f"\n    {line}" for line in getattr(error, "last_lines", ()))
+    except asyncio.CancelledError:
+        failure = "stopped before the end"
+    else:
+        failure = _verdict(played, len(playlist.batches))
+    finally:
+        if log is not None:
+            log.close()
+    if failure:
+        _fail(failure)
+    typer.echo(f"batches played: {len(playlist.batches)}, all went well")
+
+
+def _verdict(played: Replay, batches: int) -> str:
+    """What went wrong, empty if nothing did."""
+    parts = []
+    if played.failed:
+        parts.append(f"failed: batch {', '.join(map(str, played.failed))}")
+    if played.death is not None:
+        parts.append(f"the ranks did not survive it: {played.death}")
+    if played.sent < batches:
+        parts.append(f"{batches - played.sent} of {batches} batches were not sent")
+    return "; ".join(parts)

@@ -14,7 +14,7 @@ from rich.table import Table
 import minserve
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Callable, Mapping, Sequence
 
     from minserve.registry.models import ServedModel
     from minserve.server import Server
@@ -22,10 +22,13 @@ if TYPE_CHECKING:
 REFRESH_S = 0.125
 
 
-async def watch_start(server: Server) -> None:
+async def watch_start(server: Server, say: Callable[[str], None] = print) -> None:
     """Shows the load of every rank until each model serves or has failed once, then the URLs and a curl to try.
 
     On a terminal the ranks stand in a live table; elsewhere the log's plain lines tell the same.
+
+    Args:
+        say: prints the last lines; must not wait for whoever reads stdout.
     """
     await server.listening.wait()
     if sys.stdout.isatty():
@@ -38,7 +41,7 @@ async def watch_start(server: Server) -> None:
         while not _settled(server):
             await server.changed.wait()
             server.changed.clear()
-    print(_summary(server), flush=True)
+    say(_summary(server))
 
 
 def _settled(server: Server) -> bool:
@@ -88,7 +91,7 @@ def _summary(server: Server) -> str:
 
 
 def print_status(url: str, models: Sequence[Mapping[str, object]]) -> None:
-    """Prints what `/models/{model}` says of each model, one row a rank."""
+    """Prints what `/models/{model}` says of each model, one row a rank, and its latest events."""
     table = Table(title=url, title_justify="left")
     for column in ("model", "version", "worker", "state", "rank", "pid", "endpoint", "restarts", "last error"):
         table.add_column(column, overflow="fold")
@@ -109,5 +112,23 @@ def print_status(url: str, models: Sequence[Mapping[str, object]]) -> None:
             table.add_row(str(model.get("modelName", "")), "", "", "BROKEN", "", "", "", "", str(model["lastError"]))
         if model.get("unhealthy"):
             table.add_row(str(model.get("modelName", "")), "", "", "UNHEALTHY", "", "", "", "", str(model["unhealthy"]))
+    events = _event_table(models)
     width = None if sys.stdout.isatty() else 200  # a pipe has no width, and 80 columns would fold every cell
-    Console(width=width).print(table)
+    console = Console(width=width)
+    console.print(table)
+    if events.row_count:
+        console.print(events)
+
+
+def _event_table(models: Sequence[Mapping[str, object]]) -> Table:
+    table = Table(title="latest events", title_justify="left")
+    for column in ("time", "model", "worker", "rank", "pid", "event", "detail"):
+        table.add_column(column, overflow="fold")
+    for model in models:
+        events = model.get("events")
+        for event in events if isinstance(events, list) else []:
+            about = ["-" if event[key] is None else str(event[key]) for key in ("worker", "rank")]
+            kind = str(event["kind"]) if event["count"] == 1 else f"{event['kind']} (x{event['count']})"
+            pid = str(event["pid"] or "-")
+            table.add_row(str(event["time"]), str(event["model"]), *about, pid, kind, str(event["detail"]))
+    return table

@@ -6,6 +6,7 @@ import asyncio
 import gc
 import logging
 import os
+import resource
 import signal
 import socket
 from pathlib import Path
@@ -18,6 +19,8 @@ from minserve.errors import ConfigError, StartupError
 from minserve.frontend.app import inference_app, management_app, require_c_parser, runner
 from minserve.registry.models import Registry, read_devices, validate_model
 from minserve.registry.store import locate
+from minserve.worker.guardian import Guardian
+from minserve.worker.reaper import Reaper
 from minserve.worker.runtime import LiveServer, RuntimeDirectory
 
 if TYPE_CHECKING:
@@ -31,6 +34,8 @@ logger = logging.getLogger(__name__)
 
 BACKLOG = 1024
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)  # SIGHUP: the terminal or the ssh session has gone
+LAST_WRITES_S = 0.5  # for answers to clients that read them, when nobody wants to wait for those that do not
+OPEN_FILES = 65536  # enough for every connection; some libraries walk through all that are allowed
 
 
 class Server:
@@ -45,6 +50,7 @@ class Server:
         self._options = options
         self._environ = environ
         self._stop = asyncio.Event()
+        self._hurry = asyncio.Event()
         self._runners: list[web.AppRunner] = []
         self.listening = asyncio.Event()
         self.changed = asyncio.Event()
@@ -52,28 +58,32 @@ class Server:
         self.management_url = ""
 
     async def run(self) -> None:
-        """Serves until SIGTERM, SIGINT or SIGHUP, then drains. May be told to stop in any state.
+        """Serves until SIGTERM, SIGINT or SIGHUP, then drains. May be told to stop in any state; another signal hurries.
 
         Raises:
             StartupError: the server cannot start; no rank has been started then.
         """
         loop = asyncio.get_running_loop()
         for number in SIGNALS:
-            loop.add_signal_handler(number, self._stop.set)
+            if number != signal.SIGHUP or signal.getsignal(number) is not signal.SIG_IGN:  # nohup shall be obeyed
+                loop.add_signal_handler(number, self._signalled, number)
         require_c_parser()
+        _raise_open_files()
         inventory = read_devices(self._environ)
         models, broken = self._validate(inventory)
         inference = self._bind(self._options.inference_port, "--inference-port")
         management = self._bind(self._options.management_port, "--management-port")
-        runtime = RuntimeDirectory(self._environ)
+        self._runtime = RuntimeDirectory(self._environ)
+        guardian = Guardian(self._runtime.path)
+        reaper = Reaper()
         try:
-            self.registry = Registry(runtime, inventory, self._environ, self.changed.set)
+            self.registry = Registry(self._runtime, inventory, self._environ, self._worker_changed, self._options)
             self.registry.broken = broken
             # Those who own devices choose first; plain single processes share what is left.
             for model in sorted(models, key=lambda model: model.spec.config.parallel_type is ParallelType.NONE):
                 self.registry.add(model)
             await self._listen(inference, management)
-            runtime.tell(LiveServer(os.getpid(), self.inference_url, self.management_url))
+            self._runtime.tell(LiveServer(os.getpid(), self.inference_url, self.management_url))
             logger.info("inference on %s, management on %s", self.inference_url, self.management_url)
             self.listening.set()
             gc.collect()
@@ -81,10 +91,25 @@ class Server:
             await self._stop.wait()
             await self._shutdown()
         finally:
-            runtime.remove()
+            reaper.close()
+            self._runtime.remove()
+            guardian.dismiss()
+            signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)  # it ends already, and shall end in 0
             for number in SIGNALS:
                 loop.remove_signal_handler(number)
-                signal.signal(number, signal.SIG_IGN)  # it ends already, and shall end in 0
+                signal.signal(number, signal.SIG_IGN)
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
+
+    def _signalled(self, number: signal.Signals) -> None:
+        """The first signal ends the server, each further one the stage of its end that is under way."""
+        if not self._stop.is_set():
+            self._stop.set()
+        elif number != signal.SIGHUP:  # a terminal that closes sends it twice, itself and through its shell
+            self._hurry.set()
+
+    def _worker_changed(self) -> None:
+        self._runtime.restore()  # before another rank group needs it
+        self.changed.set()
 
     # ── startup ──
 
@@ -131,12 +156,12 @@ class Server:
         return listener
 
     async def _listen(self, inference: socket.socket, management: socket.socket) -> None:
-        limit = self._options.max_request_size
+        options = self._options
         for app, listener in (
-            (inference_app(self.registry, limit), inference),
-            (management_app(self.registry, limit), management),
+            (inference_app(self.registry, options), inference),
+            (management_app(self.registry, options), management),
         ):
-            app_runner = runner(app)
+            app_runner = runner(app, options)
             await app_runner.setup()
             await web.SockSite(app_runner, listener).start()
             self._runners.append(app_runner)
@@ -145,11 +170,49 @@ class Server:
     # ── the end ──
 
     async def _shutdown(self) -> None:
-        """Lets what is in flight finish, answers the rest, ends the ranks, then the listeners."""
+        """Not ready from now on, but still serving for a while; then what is in flight finishes, and the rest is refused."""
+        self.registry.stopping = True
+        delay = self._options.shutdown_delay
+        if delay:
+            logger.info("stopping in %g s: not ready any more, still serving", delay)
+            wait = asyncio.create_task(asyncio.sleep(delay))
+            if await self._hurried(wait):
+                wait.cancel()
         logger.info("stopping: in-flight requests finish first")
-        await self.registry.stop()
-        await asyncio.gather(*(app_runner.cleanup() for app_runner in self._runners))
+        stop = asyncio.create_task(self.registry.stop())
+        if await self._hurried(stop):
+            logger.warning("in-flight requests are not waited for any longer: there was another signal")
+            stop.cancel()
+        await asyncio.wait([stop])
+        close = asyncio.create_task(self._close())
+        if await self._hurried(close):
+            await asyncio.wait([close], timeout=LAST_WRITES_S)
+            close.cancel()
+        if not stop.cancelled():
+            stop.result()  # what went wrong in it must not keep the ports open, and shall be told
         logger.info("stopped")
+
+    async def _hurried(self, stage: asyncio.Task[None]) -> bool:
+        """Waits for a stage of the end. True if another signal has come before that."""
+        signalled = asyncio.create_task(self._hurry.wait())
+        await asyncio.wait([stage, signalled], return_when=asyncio.FIRST_COMPLETED)
+        signalled.cancel()
+        if stage.done():
+            return False
+        self._hurry.clear()  # it has had its effect; the next stage is for the next signal
+        return True
+
+    async def _close(self) -> None:
+        """Closes both ports, once the last answers have been read."""
+        await asyncio.gather(*(app_runner.cleanup() for app_runner in self._runners))
+
+
+def _raise_open_files() -> None:
+    """As many descriptors as the system lets us have, within reason; each connection takes one."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    most = OPEN_FILES if hard == resource.RLIM_INFINITY else min(hard, OPEN_FILES)
+    if soft != resource.RLIM_INFINITY and soft < most:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (most, hard))
 
 
 def _url(listener: socket.socket) -> str:

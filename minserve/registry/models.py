@@ -4,13 +4,18 @@ from __future__ import annotations
 
 import asyncio
 import logging
+from collections import defaultdict
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from minserve.config.model import CONFIG_FILE, ParallelType, read_model_config
 from minserve.config.problems import raise_errors
+from minserve.config.server import ServerOptions
 from minserve.dispatch.dispatcher import Dispatcher
-from minserve.errors import ConfigError, ModelNotFound, ModelUnhealthy, ModelVersionNotFound
+from minserve.errors import ConfigError, Draining, ModelNotFound, ModelUnhealthy, ModelVersionNotFound, StartupError
+from minserve.registry.store import Location, locate
+from minserve.telemetry.events import EventKind, EventLog
 from minserve.worker.devices import DeviceAllocator, check_devices, read_inventory
 from minserve.worker.spec import ModelSpec
 from minserve.worker.supervisor import Supervisor
@@ -20,8 +25,6 @@ if TYPE_CHECKING:
 
     from minserve.config.keys import ModelConfig
     from minserve.config.problems import Problem
-    from minserve.config.server import ServerOptions
-    from minserve.registry.store import Location
     from minserve.worker.devices import Inventory
     from minserve.worker.runtime import RuntimeDirectory
 
@@ -75,13 +78,20 @@ def _default_workers(config: ModelConfig, options: ServerOptions, inventory: Inv
 
 
 class ServedModel:
-    """One model version: its queue and its workers."""
+    """One model version: its queue, its workers, and what has happened to them.
 
-    def __init__(self, spec: ModelSpec, workers: int, dispatcher: Dispatcher, supervisor: Supervisor) -> None:
+    Attributes:
+        spec, workers: what is served just now, and the fewest workers; a reload changes both.
+    """
+
+    def __init__(
+        self, spec: ModelSpec, workers: int, dispatcher: Dispatcher, supervisor: Supervisor, events: EventLog
+    ) -> None:
         self.spec = spec
         self.workers = workers
         self.dispatcher = dispatcher
         self.supervisor = supervisor
+        self.events = events
 
 
 class Registry:
@@ -89,6 +99,11 @@ class Registry:
 
     Args:
         on_change: called when a worker's state has changed.
+        options: what a model that is reloaded is checked against.
+
+    Attributes:
+        broken: models that the server was told to serve and whose configuration is wrong.
+        stopping: the server ends; set a while before `stop` where balancers need the time.
     """
 
     def __init__(
@@ -97,18 +112,63 @@ class Registry:
         inventory: Inventory,
         environ: Mapping[str, str],
         on_change: Callable[[], None],
+        options: ServerOptions | None = None,
     ) -> None:
         self._runtime = runtime
+        self._inventory = inventory
         self._devices = DeviceAllocator(inventory)
         self._environ = environ
         self._on_change = on_change
+        self._options = options or ServerOptions()
         self._models: dict[str, dict[str, ServedModel]] = {}
+        self._locks: defaultdict[str, asyncio.Lock] = defaultdict(asyncio.Lock)
+        self._reloads: set[asyncio.Task[None]] = set()
         self.broken: dict[str, ConfigError] = {}
+        self.stopping = False
 
     # ── life ──
 
     def add(self, model: ValidModel) -> None:
         """Registers a model and begins to start its workers."""
+        self._register(model).supervisor.start()
+
+    async def reload(self, name: str, version: str | None = None) -> None:
+        """Reads a model's directory again and puts new workers in the place of the old ones, without a failed request.
+
+        Also brings up a model that was given up, or whose configuration was wrong. Returns when the old workers have ended.
+        Cancelling the call does not stop what it has begun. Of two calls for one model the second waits.
+
+        Raises:
+            ConfigError: the configuration is wrong, with every error. The old workers go on.
+            WorkerFailed: the new workers could not be started. The old ones go on, or are started again.
+            Draining: the server is stopping.
+            ModelNotFound, ModelVersionNotFound: there is no such model.
+        """
+        if self.stopping:
+            raise Draining("the server is shutting down")
+        if name not in self.broken:
+            self.find(name, version)
+        task = asyncio.create_task(self._reload(name, version))
+        self._reloads.add(task)
+        task.add_done_callback(self._reloads.discard)
+        await asyncio.shield(task)
+
+    async def stop(self) -> None:
+        """Drains and ends every worker of every model. Cancelling it ends them at once, and waits for that, too."""
+        self.stopping = True
+        models = list(self.models())
+        try:
+            await asyncio.gather(*(model.supervisor.stop(model.spec.config.minserve.drain_timeout) for model in models))
+        except asyncio.CancelledError:
+            await asyncio.gather(*(model.supervisor.stop(0.0) for model in models))  # whoever had not begun
+            raise
+        finally:
+            if self._reloads:
+                await asyncio.wait(self._reloads)
+
+    # ── inside ──
+
+    def _register(self, model: ValidModel) -> ServedModel:
         spec = model.spec
         dispatcher = Dispatcher(
             asyncio.get_running_loop(),
@@ -116,25 +176,65 @@ class Registry:
             spec.config.batch_size,
             spec.config.max_batch_delay / 1000,
             spec.queue_limit,
+            spec.config.minserve.retry_in_flight,
         )
         directory = self._runtime.new_model_directory()
+        events = EventLog(spec.name)
         supervisor = Supervisor(
-            *(spec, model.workers, directory, dispatcher, self._devices, self._environ, self._on_change)
+            *(spec, model.workers, directory, dispatcher, self._devices, self._environ, events, self._on_change)
         )
-        self._models.setdefault(spec.name, {})[spec.version] = ServedModel(spec, model.workers, dispatcher, supervisor)
-        supervisor.start()
+        served = ServedModel(spec, model.workers, dispatcher, supervisor, events)
+        self._models.setdefault(spec.name, {})[spec.version] = served
+        return served
 
-    async def stop(self) -> None:
-        """Drains and ends every worker of every model."""
-        await asyncio.gather(
-            *(model.supervisor.stop(model.spec.config.minserve.drain_timeout) for model in self.models())
-        )
+    async def _reload(self, name: str, version: str | None) -> None:
+        async with self._locks[name]:
+            served = None if name in self.broken else self.find(name, version)
+            try:
+                model = await asyncio.to_thread(self._read, name)
+            except ConfigError as error:
+                if served is None:
+                    self.broken[name] = error
+                else:
+                    served.events.record(EventKind.RELOAD_FAILED, "; ".join(str(error).splitlines()))
+                raise
+            for warning in model.warnings:
+                logger.warning("%s", warning)
+            if self.stopping:
+                raise Draining("the server is shutting down")
+            if served is None:
+                served = self._register(model)
+                del self.broken[name]
+            await served.supervisor.replace(model.spec, model.workers)
+            served.spec, served.workers = model.spec, model.workers
+            logger.info("%s: reloaded", name)
+            await served.supervisor.settled()
+
+    def _read(self, name: str) -> ValidModel:
+        return validate_model(self.location(name), self._options, self._inventory)
 
     # ── look-up ──
 
     def models(self) -> Iterable[ServedModel]:
         """All versions of all models, by name."""
         return [version for name in sorted(self._models) for version in self._models[name].values()]
+
+    def location(self, name: str) -> Location:
+        """Where a model, served or broken, lies.
+
+        Raises:
+            ConfigError: it is not in the model store any more.
+        """
+        for served in self._models.get(name, {}).values():
+            return Location(served.spec.model_dir, name)
+        try:
+            locations = locate(Path(self._options.model_store), self._options.load_models)
+        except StartupError as error:
+            raise ConfigError(str(error)) from None
+        for location in locations:
+            if (location.name or location.path.name) == name:
+                return location
+        raise ConfigError(f"{name} is not in {self._options.model_store} any more")
 
     def find(self, name: str, version: str | None = None) -> ServedModel:
         """The model that a request names.

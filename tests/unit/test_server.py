@@ -1,5 +1,7 @@
 import asyncio
 import os
+import resource
+import shutil
 import signal
 import socket
 import urllib.error
@@ -12,7 +14,7 @@ import pytest
 from minserve.config.server import ServerOptions
 from minserve.errors import StartupError
 from minserve.registry.models import Registry
-from minserve.server import Server
+from minserve.server import SIGNALS, Server, _raise_open_files
 from minserve.worker.runtime import live_servers
 from tests.unit.frontend.rig import FakeSupervisor
 
@@ -23,15 +25,17 @@ pytestmark = pytest.mark.asyncio
 def no_ranks(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """No worker is started, and the signals are pytest's again afterwards."""
     monkeypatch.setattr("minserve.registry.models.Supervisor", FakeSupervisor)
-    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+    before = {number: signal.getsignal(number) for number in SIGNALS}
+    files = resource.getrlimit(resource.RLIMIT_NOFILE)
     yield
     for number, handler in before.items():
         signal.signal(number, handler)
+    resource.setrlimit(resource.RLIMIT_NOFILE, files)
 
 
 @pytest.fixture
 def environ(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
-    return {"XDG_RUNTIME_DIR": str(tmp_path_factory.mktemp("r")), "CUDA_VISIBLE_DEVICES": ""}
+    return {"MINSERVE_RUNTIME_DIR": str(tmp_path_factory.mktemp("r")), "CUDA_VISIBLE_DEVICES": ""}
 
 
 @pytest.fixture
@@ -79,7 +83,7 @@ async def test_a_server_listens_tells_where_and_ends_clean_on_a_signal(
     supervisor: object = server.registry.find("good").supervisor
     assert isinstance(supervisor, FakeSupervisor)
     assert supervisor.stopped == [30]
-    assert os.listdir(environ["XDG_RUNTIME_DIR"]) == []
+    assert os.listdir(environ["MINSERVE_RUNTIME_DIR"]) == []
     with pytest.raises(urllib.error.URLError, match="refused"):
         await get(f"{server.inference_url}/ping")
 
@@ -136,7 +140,7 @@ async def test_a_start_that_makes_no_sense_is_one_line_before_anything_is_starte
     with pytest.raises(StartupError, match=message) as caught:
         await Server(options(store, **more), environ).run()
     assert "\n" not in str(caught.value)
-    assert os.listdir(environ["XDG_RUNTIME_DIR"]) == []
+    assert os.listdir(environ["MINSERVE_RUNTIME_DIR"]) == []
 
 
 async def test_a_taken_port_is_said_with_the_option_that_chooses_another(store: Path, environ: dict[str, str]) -> None:
@@ -149,3 +153,173 @@ async def test_a_taken_port_is_said_with_the_option_that_chooses_another(store: 
     assert str(caught.value) == (
         f"cannot listen on 127.0.0.1:{port}: Address already in use; --inference-port chooses another"
     )
+
+
+# ── the end, stage by stage ──
+
+
+class Draining(FakeSupervisor):
+    """Has a request in flight, for as long as the test says."""
+
+    finished: asyncio.Event
+    began: asyncio.Event
+    cut_short: bool = False
+
+    async def stop(self, drain_timeout: float) -> None:
+        self.began.set()
+        if self.cut_short:
+            return
+        try:
+            await self.finished.wait()
+        except asyncio.CancelledError:
+            type(self).cut_short = True
+            await asyncio.sleep(0)  # it still has to kill
+            raise
+
+
+class Stopping:
+    """A server of one model that drains; it is told of signals as the loop would tell it."""
+
+    def __init__(self, store: Path, environ: dict[str, str], **more: object) -> None:
+        self.server = Server(options(store, **more), environ)
+        self.run = asyncio.create_task(self.server.run())
+        Draining.finished, Draining.began, Draining.cut_short = asyncio.Event(), asyncio.Event(), False
+
+    async def signal(self, number: signal.Signals = signal.SIGTERM) -> None:
+        await self.server.listening.wait()
+        self.server._signalled(number)
+        for _ in range(10):
+            await asyncio.sleep(0)
+
+    async def end(self) -> None:
+        async with asyncio.timeout(10):
+            await self.run
+
+
+@pytest.fixture
+def draining(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("minserve.registry.models.Supervisor", Draining)
+
+
+async def test_during_the_delay_the_server_serves_and_is_not_ready(
+    store: Path, environ: dict[str, str], draining: None
+) -> None:
+    stopping = Stopping(store, environ, shutdown_delay=0.3)
+    await stopping.server.listening.wait()
+    stops = [stopping.server.registry.stopping]
+    await stopping.signal()
+    stops.append(stopping.server.registry.stopping)
+    assert stops == [False, True]
+    assert not Draining.began.is_set()
+    assert await get(f"{stopping.server.management_url}/models/good") == 200
+    await Draining.began.wait()
+    Draining.finished.set()
+    await stopping.end()
+
+
+async def test_each_further_signal_cuts_one_stage_short(
+    store: Path, environ: dict[str, str], draining: None, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("INFO")
+    stopping = Stopping(store, environ, shutdown_delay=600.0)
+    await stopping.signal()
+    stages = [Draining.began.is_set()]
+    await stopping.signal(signal.SIGINT)
+    stages += [Draining.began.is_set(), Draining.cut_short, stopping.run.done()]
+    await stopping.signal()
+    await stopping.end()
+    assert stages == [False, True, False, False]
+    assert Draining.cut_short
+    assert os.listdir(environ["MINSERVE_RUNTIME_DIR"]) == []
+    assert caplog.messages[-1] == "stopped"
+
+
+async def test_a_terminal_that_closes_does_not_cut_anything_short(
+    store: Path, environ: dict[str, str], draining: None
+) -> None:
+    stopping = Stopping(store, environ)
+    for _ in range(3):
+        await stopping.signal(signal.SIGHUP)
+    assert Draining.began.is_set()
+    assert not stopping.run.done()
+    Draining.finished.set()
+    await stopping.end()
+    assert not Draining.cut_short
+
+
+async def test_signals_that_come_before_the_server_listens_count(
+    store: Path, environ: dict[str, str], draining: None
+) -> None:
+    stopping = Stopping(store, environ)
+    for number in (signal.SIGTERM, signal.SIGINT):
+        stopping.server._signalled(number)
+    await stopping.end()
+    assert Draining.cut_short
+
+
+async def test_a_drain_that_fails_is_told(
+    store: Path, environ: dict[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def stop(self: Registry) -> None:
+        raise ZeroDivisionError
+
+    monkeypatch.setattr(Registry, "stop", stop)
+    stopping = Stopping(store, environ)
+    await stopping.signal()
+    with pytest.raises(ZeroDivisionError):
+        await stopping.end()
+    assert os.listdir(environ["MINSERVE_RUNTIME_DIR"]) == []
+
+
+@pytest.mark.parametrize("number", SIGNALS)
+async def test_no_signal_after_the_end_changes_the_exit_code(
+    store: Path, environ: dict[str, str], number: signal.Signals
+) -> None:
+    stopping = Stopping(store, environ)
+    await stopping.signal()
+    await stopping.end()
+    assert signal.getsignal(number) is signal.SIG_IGN
+    assert number not in signal.pthread_sigmask(signal.SIG_BLOCK, ())
+
+
+async def test_nohup_is_obeyed(store: Path, environ: dict[str, str]) -> None:
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    stopping = Stopping(store, environ)
+    await stopping.server.listening.wait()
+    assert signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
+    await stopping.signal()
+    await stopping.end()
+
+
+async def test_what_a_worker_needs_is_made_anew_before_it_starts_again(store: Path, environ: dict[str, str]) -> None:
+    stopping = Stopping(store, environ)
+    await stopping.server.listening.wait()
+    directory = Path(environ["MINSERVE_RUNTIME_DIR"]) / f"minserve-{os.getpid()}"
+    shutil.rmtree(directory)
+    stopping.server.registry._on_change()
+    assert (directory / "m1").is_dir()
+    assert stopping.server.changed.is_set()
+    assert [live.pid for live in live_servers(environ)] == [os.getpid()]
+    await stopping.signal()
+    await stopping.end()
+
+
+@pytest.mark.parametrize(
+    ("soft", "hard", "wanted"),
+    [
+        (1024, 4096, 4096),
+        (1024, 10**9, 65536),
+        (1024, resource.RLIM_INFINITY, 65536),
+        (10**6, 10**6, None),
+        (resource.RLIM_INFINITY, resource.RLIM_INFINITY, None),
+        (4096, 4096, None),
+    ],
+)
+async def test_the_server_takes_as_many_descriptors_as_it_may(
+    soft: int, hard: int, wanted: int | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    limits: list[tuple[int, int]] = []
+    monkeypatch.setattr(resource, "getrlimit", lambda _: (soft, hard))
+    monkeypatch.setattr(resource, "setrlimit", lambda _, both: limits.append(both))
+    _raise_open_files()
+    assert limits == ([] if wanted is None else [(wanted, hard)])
