@@ -1,47 +1,132 @@
-"""A request's body as the parts that a handler sees: one raw "body", or the fields of a form (torchserve.md 1.2)."""
+"""A request's body: read within its limits, then the parts that a handler sees (torchserve.md 1.2)."""
 
 from __future__ import annotations
 
+import asyncio
 from typing import TYPE_CHECKING
 from urllib.parse import parse_qsl
 
-import aiohttp
-from aiohttp import hdrs
+from aiohttp import HttpVersion11, hdrs
 
-from minserve.errors import BadRequest, BodyTooLarge
+from minserve.errors import BadRequest, BodyTooLarge, DeadlineExceeded, MinServeError
+from minserve.frontend.errors import refusal
+from minserve.frontend.multipart import parts_of
 from minserve.wire.messages import Part
 
 if TYPE_CHECKING:
     from aiohttp import web
 
+    from minserve.config.server import ServerOptions
+    from minserve.frontend.admission import Share
+    from minserve.wire.messages import Buffer
+
 MULTIPART = "multipart/form-data"
 URL_ENCODED = "application/x-www-form-urlencoded"
-MAX_NAME = 1024  # characters; names travel in a frame's meta, which is bounded
 MAX_FIELDS = 1000  # of a form; each costs far more memory than its bytes
+MAX_NAMES = 65536  # characters of a form's names and types: they travel in a frame's meta, which is bounded
 
 
-async def read_parts(request: web.Request) -> tuple[tuple[Part, ...], list[bytes]]:
-    """Reads the body.
+class BodyReader:
+    """Reads bodies within the server's limits of size and time."""
+
+    def __init__(self, options: ServerOptions) -> None:
+        self._max_size = options.max_request_size
+        self._timeout = options.body_timeout
+
+    def take(self, request: web.Request, share: Share) -> bytes | None:
+        """The body if it has arrived already, as small ones do, together with the head; else None.
+
+        Raises:
+            BodyTooLarge, Unavailable: it is over the limit, or the bytes in flight are.
+        """
+        content = request.content
+        if not content.is_eof():
+            return None
+        self._check_size(content.total_bytes)
+        share.grow(content.total_bytes)
+        return content.read_nowait()
+
+    async def read(self, request: web.Request, share: Share, deadline: float) -> bytes:
+        """The body as it arrives.
+
+        A length that the head declares is judged, and room made for it, before the body is read or asked for.
+
+        Args:
+            deadline: the request's, on the loop's clock. The server's time-out stands beside it.
+
+        Raises:
+            BodyTooLarge, Unavailable: it is over the limit, or the bytes in flight are.
+            DeadlineExceeded: the request's own deadline came first.
+            BadRequest: it stopped arriving (408), or it broke off.
+        """
+        declared = request.content_length
+        if declared is not None:
+            self._check_size(declared)
+            share.grow(declared)
+        await _send_continue(request)
+        limit = asyncio.get_running_loop().time() + self._timeout
+        chunks: list[bytes] = []
+        size = 0
+        try:
+            async with asyncio.timeout_at(min(limit, deadline)):
+                while chunk := await request.content.readany():
+                    size += len(chunk)
+                    if declared is None:
+                        self._check_size(size)
+                        share.grow(len(chunk))
+                    chunks.append(chunk)
+        except TimeoutError:
+            have = f"{size} of its {declared} bytes" if declared is not None else f"{size} bytes and no end of it"
+            error: MinServeError = (
+                DeadlineExceeded(f"the request's deadline passed while its body was read; {have} had arrived")
+                if deadline < limit
+                else refusal(408, f"the body took longer than body_timeout ({self._timeout:g} s); {have} had arrived")
+            )
+            give_up_body(request, error)
+            raise error from None
+        return b"".join(chunks)
+
+    def _check_size(self, size: int) -> None:
+        if size > self._max_size:
+            raise BodyTooLarge(f"the request body has {size} bytes, max_request_size allows {self._max_size}")
+
+
+async def _send_continue(request: web.Request) -> None:
+    """Tells a client that waits for it to send its body. Only now: had it been refused, nothing need have been sent."""
+    if request.version >= HttpVersion11 and not request.content.total_bytes and hdrs.EXPECT in request.headers:
+        await request.writer.write(b"HTTP/1.1 100 Continue\r\n\r\n")
+        request.writer.output_size = 0  # by which aiohttp sees whether an answer has begun
+
+
+def give_up_body(request: web.BaseRequest, error: Exception) -> None:
+    """No more of this body is read, and nothing that the connection brings after it: whoever waits for it gets the error."""
+    request.protocol.close()  # after the answer, not before
+    request.content.set_exception(error)
+    request.content.feed_eof()  # or the answer would be followed by a wait for the rest
+
+
+def split_body(body: bytes, content_type: str) -> tuple[tuple[Part, ...], list[Buffer]]:
+    """The parts of a body: one raw "body", or the fields of a form, of several with one name the last, as with TorchServe.
 
     Returns:
         The parts and their bytes, in the same order. An empty body is the one empty part "body".
 
     Raises:
         BadRequest: a form that does not parse.
-        BodyTooLarge: it is over the server's limit. aiohttp raises its own for a raw body.
     """
-    kind = printable(request.headers.get(hdrs.CONTENT_TYPE, ""))
+    kind = printable(content_type)
     mime = kind.partition(";")[0].strip().lower()
-    if mime in (MULTIPART, URL_ENCODED):
-        fields = await (_multipart(request) if mime == MULTIPART else _url_encoded(request))
-        return tuple(Part(name, mime, len(value)) for name, mime, value in fields), [value for _, _, value in fields]
-    body = await request.read()
-    return (Part("body", kind, len(body)),), [body]
-
-
-def _check_name(name: str) -> None:
-    if len(name) > MAX_NAME:
-        raise BadRequest(f"bad form: a field name of {len(name)} characters, at most {MAX_NAME} are allowed")
+    if mime == MULTIPART:
+        fields = _multipart(body, kind)
+    elif mime == URL_ENCODED:
+        fields = _url_encoded(body)
+    else:
+        return (Part("body", kind, len(body)),), [body]
+    size = sum(len(name) + len(kind) for name, (kind, _) in fields.items())
+    if size > MAX_NAMES:
+        raise BadRequest(f"bad form: names and types of {size} characters, at most {MAX_NAMES} are allowed")
+    parts = tuple(Part(name, kind, len(value)) for name, (kind, value) in fields.items())
+    return parts, [value for _, value in fields.values()]
 
 
 def printable(text: str) -> str:
@@ -49,45 +134,20 @@ def printable(text: str) -> str:
     return text if text.isascii() else text.encode("utf-8", "replace").decode()
 
 
-async def _url_encoded(request: web.Request) -> list[tuple[str, str, bytes]]:
-    text = (await request.read()).decode("latin-1")  # a byte for a byte: what is not ASCII comes out as it went in
+def _url_encoded(body: bytes) -> dict[str, tuple[str, Buffer]]:
+    text = body.decode("latin-1")  # a byte for a byte: what is not ASCII comes out as it went in
     try:
         pairs = parse_qsl(text, keep_blank_values=True, encoding="latin-1", max_num_fields=MAX_FIELDS)
     except ValueError as error:
         raise BadRequest(f"bad url-encoded body: {error}") from None
-    for name, _ in pairs:
-        _check_name(name)
-    fields = {name.encode("latin-1").decode("utf-8", "replace"): value.encode("latin-1") for name, value in pairs}
-    return [(name, "", value) for name, value in fields.items()]
+    return {name.encode("latin-1").decode("utf-8", "replace"): ("", value.encode("latin-1")) for name, value in pairs}
 
 
-async def _multipart(request: web.Request) -> list[tuple[str, str, bytes]]:
-    """The parts by name; of several with one name the last wins, as with TorchServe."""
-    fields: dict[str, tuple[str, bytes]] = {}
-    room = request.client_max_size
-    try:
-        reader = await request.multipart()
-        while (part := await reader.next()) is not None:
-            if not isinstance(part, aiohttp.BodyPartReader):
-                raise BadRequest("bad multipart body: a multipart inside a multipart")
-            if not part.name:
-                raise BadRequest("bad multipart body: a part without a name")
-            _check_name(part.name)
-            if len(fields) >= MAX_FIELDS:
-                raise BadRequest(f"bad multipart body: more than {MAX_FIELDS} parts")
-            value = await _read_part(part, room)
-            room -= len(value)
-            # Of a plain field browsers and curl send no type, and TorchServe makes bytes of it.
-            fields[printable(part.name)] = (printable(part.headers.get(hdrs.CONTENT_TYPE, "")), value)
-    except (ValueError, AssertionError, aiohttp.ClientError, aiohttp.http.HttpProcessingError) as error:
-        raise BadRequest(f"bad multipart body: {error}") from None
-    return [(name, kind, value) for name, (kind, value) in fields.items()]
-
-
-async def _read_part(part: aiohttp.BodyPartReader, room: int) -> bytes:
-    value = bytearray()
-    while chunk := await part.read_chunk():
-        value += chunk
-        if len(value) > room:
-            raise BodyTooLarge(f"the request body is over the limit (max_request_size) at part {part.name}")
-    return bytes(value)
+def _multipart(body: bytes, content_type: str) -> dict[str, tuple[str, Buffer]]:
+    fields: dict[str, tuple[str, Buffer]] = {}
+    for count, part in enumerate(parts_of(body, content_type)):
+        if count >= MAX_FIELDS:
+            raise BadRequest(f"bad multipart body: more than {MAX_FIELDS} parts")
+        # Of a plain field browsers and curl send no type, and TorchServe makes bytes of it.
+        fields[printable(part.name)] = (printable(part.content_type), part.value)
+    return fields

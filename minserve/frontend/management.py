@@ -1,4 +1,4 @@
-"""GET /models and /models/{model}: TorchServe's JSON (torchserve.md 2.3, 2.4) with our fields added."""
+"""The management routes: TorchServe's /models and /models/{model} (torchserve.md 2.3, 2.4) with our fields, and our own."""
 
 from __future__ import annotations
 
@@ -6,15 +6,19 @@ import time
 from typing import TYPE_CHECKING
 
 import psutil
-from aiohttp import web
+from aiohttp import hdrs, web
 
+from minserve.errors import BadRequest, ConfigError, MinServeError, WorkerFailed
 from minserve.frontend.errors import json_response
+from minserve.frontend.recording import record
 from minserve.frontend.routing import READ, add_route
+from minserve.telemetry.events import SCHEMA
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
     from minserve.registry.models import Registry, ServedModel
+    from minserve.telemetry.events import Event
     from minserve.worker.worker import WorkerReport
 
 Json = dict[str, object]
@@ -28,9 +32,13 @@ class Management:
         self._registry = registry
 
     def add_routes(self, router: web.UrlDispatcher) -> None:
-        """Listing and describing."""
+        """Listing, describing, events, reload and record. The words among them come first: none is a version."""
         add_route(router, READ, "/models", self.list_models)
         add_route(router, READ, "/models/{model}", self.describe)
+        for version in ("", "/{version}"):
+            add_route(router, READ, f"/models/{{model}}{version}/events", self.events)
+            add_route(router, (hdrs.METH_POST,), f"/models/{{model}}{version}/reload", self.reload)
+            add_route(router, (hdrs.METH_GET,), f"/models/{{model}}{version}/record", self.record)
         add_route(router, READ, "/models/{model}/{version}", self.describe)
 
     async def list_models(self, request: web.Request) -> web.Response:
@@ -58,6 +66,33 @@ class Management:
         if name in self._registry.broken:
             return json_response([{"modelName": name, "lastError": str(self._registry.broken[name]), "workers": []}])
         return json_response([describe_model(self._registry.find(name, version))])
+
+    async def events(self, request: web.Request) -> web.Response:
+        """What has happened to the workers of a model version, newest last: `limit` events, by default all that are kept."""
+        name = request.match_info["model"]
+        events: list[Event] = []
+        if name not in self._registry.broken:
+            log = self._registry.find(name, request.match_info.get("version")).events
+            limit = _number(request, "limit", 0)
+            events = log.latest(limit) if limit > 0 else log.latest()
+        return json_response({"schema": SCHEMA, "model": name, "events": [_describe_event(event) for event in events]})
+
+    async def reload(self, request: web.Request) -> web.Response:
+        """Puts workers of the model directory as it is now in the place of those there are. Answers when that is done."""
+        name, version = request.match_info["model"], request.match_info.get("version")
+        try:
+            await self._registry.reload(name, version)
+        except ConfigError as error:
+            raise BadRequest(str(error)) from None
+        except WorkerFailed as error:
+            raise MinServeError(f'Model "{name}" is not reloaded, its new workers do not start: {error}') from None
+        return json_response({"status": f'Model "{name}" reloaded'})
+
+    async def record(self, request: web.Request) -> web.StreamResponse:
+        """Streams the batches of a worker, see `frontend.recording`."""
+        return await record(
+            request, self._registry.find(request.match_info["model"], request.match_info.get("version"))
+        )
 
 
 def describe_model(model: ServedModel) -> Json:
@@ -97,6 +132,8 @@ def describe_model(model: ServedModel) -> Json:
     }
     if unhealthy is not None:
         description["unhealthy"] = str(unhealthy)
+    if model.supervisor.not_ready is not None:
+        description["notReady"] = model.supervisor.not_ready
     return description
 
 
@@ -127,6 +164,19 @@ def _describe_worker(report: WorkerReport) -> Json:
         worker["lastErrorTime"] = _timestamp(report.last_error_at)
         worker["lastLines"] = list(report.last_lines)
     return worker
+
+
+def _describe_event(event: Event) -> Json:
+    return {
+        "time": _timestamp(event.at),
+        "model": event.model,
+        "worker": event.worker,
+        "rank": event.rank,
+        "pid": event.pid,
+        "kind": str(event.kind),
+        "detail": event.detail,
+        "count": event.count,
+    }
 
 
 def _memory(pids: Iterable[int]) -> int:

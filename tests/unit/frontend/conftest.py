@@ -3,11 +3,28 @@ from collections.abc import AsyncIterator
 import pytest
 import pytest_asyncio
 
-from tests.unit.frontend.rig import FakeSupervisor, Rig
+from minserve.config.server import ServerOptions
+from minserve.dispatch.request import Request
+from tests.unit.frontend.rig import OPTIONS, FakeSupervisor, Rig
+
+
+@pytest.fixture
+def options(request: pytest.FixtureRequest) -> ServerOptions:
+    """The server's; `with_options` changes them."""
+    options: ServerOptions = getattr(request, "param", OPTIONS)
+    return options
 
 
 @pytest_asyncio.fixture
-async def rig(monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[Rig]:
+async def rig(options: ServerOptions, monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[Rig]:
     monkeypatch.setattr("minserve.registry.models.Supervisor", FakeSupervisor)
-    async with Rig() as rig:
+    async with Rig(options) as rig:
         yield rig
+
+
+@pytest.fixture
+def held(rig: Rig) -> list[Request]:
+    """Requests whose answers the test sends."""
+    requests: list[Request] = []
+    rig.lane.handle = requests.append
+    return requests

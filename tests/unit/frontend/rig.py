@@ -2,20 +2,29 @@
 
 import asyncio
 import dataclasses
+import inspect
 import re
-from collections.abc import Callable, Mapping
+import socket
+from collections.abc import AsyncIterator, Callable, Mapping
+from contextlib import asynccontextmanager
 from pathlib import Path
-from types import TracebackType
+from types import MethodType, TracebackType
 from typing import Self
 
+import pytest
 from aiohttp import web
 from aiohttp.test_utils import TestClient, TestServer
 
+from minserve.config.server import ServerOptions
 from minserve.dispatch.dispatcher import Dispatcher
 from minserve.dispatch.request import Request
 from minserve.errors import MinServeError
+from minserve.frontend.admission import InFlightBytes
 from minserve.frontend.app import inference_app, management_app, runner
+from minserve.frontend.connections import Connections
+from minserve.frontend.inference import Inference
 from minserve.registry.models import Registry, ValidModel
+from minserve.telemetry.events import EventLog
 from minserve.wire.messages import Answer
 from minserve.worker.devices import DeviceAllocator, Inventory
 from minserve.worker.runtime import RuntimeDirectory
@@ -24,8 +33,14 @@ from minserve.worker.worker import WorkerReport
 from tests.unit.worker.specs import make_spec
 
 MAX_BODY = 1000
+OPTIONS = ServerOptions(max_request_size=MAX_BODY, max_in_flight_bytes=10 * MAX_BODY)
 
 Client = TestClient[web.Request, web.Application]
+
+
+def with_options(**changes: object) -> pytest.MarkDecorator:
+    """Lets a test run with other options of the server."""
+    return pytest.mark.parametrize("options", [OPTIONS.model_copy(update=changes)], indirect=True, ids=["options"])
 
 
 class FakeSupervisor:
@@ -39,13 +54,27 @@ class FakeSupervisor:
         dispatcher: Dispatcher,
         devices: DeviceAllocator,
         environ: Mapping[str, str],
+        events: EventLog,
         on_change: Callable[[], None],
     ) -> None:
         self.reports: list[WorkerReport] = []
         self.unhealthy: MinServeError | None = None
+        self.not_ready: str | None = None
         self.stopped: list[float] = []
+        self.replaced: list[tuple[ModelSpec, int]] = []
+        self.replacing: Exception | asyncio.Event | None = None  # what the next `replace` raises or waits for
 
     def start(self) -> None:
+        pass
+
+    async def replace(self, spec: ModelSpec, count: int) -> None:
+        if isinstance(self.replacing, Exception):
+            raise self.replacing
+        if self.replacing is not None:
+            await self.replacing.wait()
+        self.replaced.append((spec, count))
+
+    async def settled(self) -> None:
         pass
 
     async def stop(self, drain_timeout: float) -> None:
@@ -96,14 +125,63 @@ class FakeRuntime(RuntimeDirectory):
 class Server(TestServer):
     """Runs the application as `minserve start` does."""
 
+    def __init__(self, app: web.Application, options: ServerOptions = OPTIONS) -> None:
+        super().__init__(app)
+        self._options = options
+
     async def _make_runner(self, **kwargs: object) -> web.AppRunner:
-        return runner(self.app)
+        return runner(self.app, self._options)
+
+
+class Raw:
+    """A client of the inference port that sends bytes as they are."""
+
+    def __init__(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        self.reader = reader
+        self.writer = writer
+
+    def send(self, data: bytes) -> None:
+        self.writer.write(data)
+
+    async def answer(self) -> tuple[int, bytes, bytes]:
+        """One answer with a length: status, head, body. An interim one counts as an answer without a body."""
+        async with asyncio.timeout(10):
+            head = await self.reader.readuntil(b"\r\n\r\n")
+            length = re.search(rb"\r\ncontent-length: (\d+)", head, re.IGNORECASE)
+            body = await self.reader.readexactly(int(length[1]) if length else 0)
+        return status_of(head), head, body
+
+    async def rest_of_chunks(self) -> bytes:
+        """What comes until the last chunk of an answer in chunks."""
+        got = b""
+        async with asyncio.timeout(10):
+            while not got.endswith(b"\r\n0\r\n\r\n"):
+                received = await self.reader.read(2**20)
+                assert received, "the connection has ended before the answer"
+                got += received
+        return got
+
+    async def rest(self) -> bytes:
+        """What comes until the server ends the connection."""
+        async with asyncio.timeout(10):
+            return await self.reader.read()
+
+
+def status_of(head: bytes) -> int:
+    match = re.match(rb"HTTP/1.[01] (\d+)", head)
+    assert match, head
+    return int(match[1])
 
 
 class Rig:
-    """Both applications over one registry. Model "m" is there from the start."""
+    """Both applications over one registry. Model "m" is there from the start.
 
-    def __init__(self) -> None:
+    For the connections of the inference port time passes only by `pass_time`.
+    """
+
+    def __init__(self, options: ServerOptions = OPTIONS) -> None:
+        self._options = options
+        self._now = 1000.0
         self.registry = Registry(FakeRuntime(), Inventory(), {}, lambda: None)
         self.lane = Lane()
         self.add("m").attach(self.lane)
@@ -118,26 +196,46 @@ class Rig:
         assert isinstance(supervisor, FakeSupervisor)
         return supervisor
 
+    def pass_time(self, seconds: float) -> None:
+        """Looks at the connections, lets time pass, and looks again."""
+        self.connections.look(self._now)
+        self._now += seconds
+        self.connections.look(self._now)
+
+    @asynccontextmanager
+    async def client(self, receive_buffer: int = 0) -> AsyncIterator[Raw]:
+        """A connection to the inference port. With a `receive_buffer` little is taken from it that is not read."""
+        client = socket.socket()
+        if receive_buffer:
+            client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, receive_buffer)
+        client.setblocking(False)
+        await asyncio.get_running_loop().sock_connect(client, ("127.0.0.1", self.inference.port))
+        limit = receive_buffer or 2**16
+        reader, writer = await asyncio.open_connection(sock=client, limit=limit)
+        try:
+            yield Raw(reader, writer)
+        finally:
+            writer.transport.abort()
+
     async def raw(self, data: bytes) -> tuple[int, bytes, bytes]:
         """Sends bytes to the inference port and reads until the server closes: status, head, rest."""
-        reader, writer = await asyncio.open_connection("127.0.0.1", self.inference.port)
-        try:
-            writer.write(data)
-            async with asyncio.timeout(10):
-                answer = await reader.read()
-        finally:
-            writer.close()
-            await writer.wait_closed()
-        head, _, rest = answer.partition(b"\r\n\r\n")
-        match = re.match(rb"HTTP/1.[01] (\d+)", head)
-        assert match, answer
-        return int(match[1]), head, rest
+        async with self.client() as client:
+            client.send(data)
+            head, _, rest = (await client.rest()).partition(b"\r\n\r\n")
+        return status_of(head), head, rest
 
     async def __aenter__(self) -> Self:
-        self.inference = Client(Server(inference_app(self.registry, MAX_BODY)))
-        self.management = Client(Server(management_app(self.registry, MAX_BODY)))
+        self.inference = Client(Server(inference_app(self.registry, self._options), self._options))
+        self.management = Client(Server(management_app(self.registry, self._options), self._options))
         await self.inference.start_server()
         await self.management.start_server()
+        assert isinstance(self.inference.server, Server)
+        assert self.inference.server.runner is not None
+        server: object = self.inference.server.runner.server
+        assert isinstance(server, Connections)
+        self.connections = server
+        self.in_flight = _in_flight(self.inference.server.app)
+        self.connections._timer.cancel()
         return self
 
     async def __aexit__(
@@ -145,3 +243,12 @@ class Rig:
     ) -> None:
         await self.inference.close()
         await self.management.close()
+
+
+def _in_flight(app: web.Application) -> InFlightBytes:
+    """What the routes of /predictions count."""
+    resources = (resource for resource in app.router.resources() if resource.canonical.startswith("/predictions/"))
+    predict: object = inspect.unwrap(next(iter(next(resources))).handler)
+    assert isinstance(predict, MethodType)
+    assert isinstance(predict.__self__, Inference)
+    return predict.__self__._in_flight

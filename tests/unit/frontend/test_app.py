@@ -1,6 +1,7 @@
 import pytest
 from aiohttp import http_parser, web
 
+from minserve.config.server import ServerOptions
 from minserve.errors import StartupError
 from minserve.frontend.app import require_c_parser, runner
 
@@ -17,7 +18,7 @@ def test_without_the_c_parser_the_server_does_not_start(monkeypatch: pytest.Monk
 
 @pytest.mark.asyncio
 async def test_no_line_is_logged_for_a_request() -> None:
-    app_runner = runner(web.Application())
+    app_runner = runner(web.Application(), ServerOptions())
     await app_runner.setup()
     assert app_runner.server is not None
     handler = app_runner.server()

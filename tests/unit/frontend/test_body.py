@@ -2,8 +2,9 @@ import json
 
 import pytest
 
-from minserve.frontend.body import MAX_FIELDS, printable
-from tests.unit.frontend.rig import MAX_BODY, Rig
+from minserve.frontend.body import printable
+from tests.unit.frontend.rig import MAX_BODY, Rig, with_options
+from tests.unit.worker.specs import until
 
 pytestmark = pytest.mark.asyncio
 
@@ -75,13 +76,14 @@ async def test_stray_bytes_in_a_header_become_text_that_a_frame_can_carry() -> N
             multipart((named("a") + "\r\nContent-Type: multipart/mixed; boundary=in", b"--in\r\n\r\nx\r\n--in--")),
             "a multipart inside a multipart",
         ),
-        (FORM, b"&".join(b"a%d=" % n for n in range(MAX_FIELDS + 1))[: MAX_BODY * 100], "bad url-encoded body"),
+        (FORM, b"&".join(b"a%d=" % n for n in range(11)), "bad url-encoded body"),
+        (MULTIPART, multipart(*[(named("a"), b"")] * 11), "bad multipart body: more than 10 parts"),
     ],
 )
 async def test_a_form_that_does_not_parse_is_a_400(
     rig: Rig, content_type: str, body: bytes, message: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(rig.inference.app, "_client_max_size", 10**6)
+    monkeypatch.setattr("minserve.frontend.body.MAX_FIELDS", 10)
     async with rig.inference.post("/predictions/m", data=body, headers={"Content-Type": content_type}) as response:
         assert response.status == 400
         answer = json.loads(await response.text())
@@ -129,11 +131,142 @@ async def test_a_compressed_body_is_not_blown_up(rig: Rig) -> None:
     assert rig.lane.parts()[0][2] == b"\x1f\x8b"
 
 
-async def test_a_field_name_without_end_is_refused(rig: Rig, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Names travel in a frame's meta, where sixteen long ones of a batch would end the worker."""
-    monkeypatch.setattr("minserve.frontend.body.MAX_NAME", 100)
-    name = "n" * 101
-    for content_type, body in ((FORM, f"{name}=1".encode()), (MULTIPART, multipart((named(name), b"1")))):
-        async with rig.inference.post("/predictions/m", data=body, headers={"Content-Type": content_type}) as response:
-            assert response.status == 400
-            assert "101 characters, at most 100" in await response.text()
+@pytest.mark.parametrize(
+    ("content_type", "body"),
+    [
+        (FORM, b"n" * 101 + b"=1"),
+        (FORM, b"n" * 50 + b"=1&" + b"m" * 51 + b"=1"),
+        (MULTIPART, multipart((named("n" * 101), b"1"))),
+        (MULTIPART, multipart((named("n") + "\r\nContent-Type: " + "t" * 100, b"1"))),
+    ],
+)
+async def test_names_and_types_without_end_are_refused(
+    rig: Rig, monkeypatch: pytest.MonkeyPatch, content_type: str, body: bytes
+) -> None:
+    """They travel in a frame's meta, where sixteen long ones of a batch would end the worker."""
+    monkeypatch.setattr("minserve.frontend.body.MAX_NAMES", 100)
+    async with rig.inference.post("/predictions/m", data=body, headers={"Content-Type": content_type}) as response:
+        assert response.status == 400
+        assert "names and types of 101 characters, at most 100" in await response.text()
+
+
+# ── a body that takes its time, or breaks off ──
+
+HEAD = b"POST /predictions/m HTTP/1.1\r\nHost: x\r\n"
+
+
+@with_options(body_timeout=0.05)
+@pytest.mark.parametrize(
+    ("rest", "have"),
+    [
+        (b"Content-Length: 10\r\n\r\nabc", "3 of its 10 bytes had arrived"),
+        (b"Transfer-Encoding: chunked\r\n\r\n3\r\nabc\r\n", "3 bytes and no end of it had arrived"),
+        (b"Expect: 100-continue\r\nContent-Length: 10\r\n\r\n", "0 of its 10 bytes had arrived"),
+    ],
+)
+async def test_a_body_that_stops_arriving_is_a_408(rig: Rig, rest: bytes, have: str) -> None:
+    async with rig.client() as client:
+        client.send(HEAD + rest)
+        status, head, body = await client.answer()
+        if status == 100:
+            status, head, body = await client.answer()
+        assert await client.rest() == b""
+    assert status == 408
+    assert b"Connection: close" in head
+    answer = json.loads(body)
+    assert (answer["code"], answer["type"]) == (408, "RequestTimeoutException")
+    assert answer["message"] == f"the body took longer than body_timeout (0.05 s); {have}"
+    assert rig.lane.requests == []
+
+
+async def test_a_body_that_arrives_behind_the_requests_deadline_is_a_504(rig: Rig) -> None:
+    status, head, body = await rig.raw(HEAD + b"x-request-timeout-ms: 50\r\nContent-Length: 10\r\n\r\nabc")
+    assert status == 504
+    assert b"Connection: close" in head
+    answer = json.loads(body)
+    assert answer["type"] == "RequestTimeoutException"
+    assert answer["message"] == "the request's deadline passed while its body was read; 3 of its 10 bytes had arrived"
+    assert rig.lane.requests == []
+
+
+async def test_a_body_in_many_pieces_is_put_together(rig: Rig) -> None:
+    async with rig.client() as client:
+        client.send(HEAD + b"Content-Length: 9\r\n\r\n")
+        for piece in (b"one", b"two", b"six"):
+            await until(lambda: rig.connections.requests_count == 1)
+            client.send(piece)
+        assert (await client.answer())[::2] == (200, b"onetwosix")
+
+
+@pytest.mark.parametrize("rest", [b"Content-Length: 10\r\n\r\nabc", b"Transfer-Encoding: chunked\r\n\r\n3\r\nabc\r\n"])
+async def test_a_body_that_breaks_off_is_a_400(rig: Rig, rest: bytes) -> None:
+    async with rig.client() as client:
+        client.send(HEAD + rest)
+        client.writer.write_eof()
+        status, head, body = await client.answer()
+        assert await client.rest() == b""
+    assert status == 400
+    assert b"Connection: close" in head
+    assert json.loads(body)["message"] == "the connection ended before the body did"
+    assert rig.lane.requests == []
+
+
+async def test_bad_chunks_are_a_400_that_ends_the_connection(rig: Rig) -> None:
+    async with rig.client() as client:
+        client.send(HEAD + b"Transfer-Encoding: chunked\r\n\r\n3\r\nabc\r\n")
+        await until(lambda: rig.connections.requests_count == 1)
+        client.send(b"zz\r\n" + HEAD + b"Content-Length: 0\r\n\r\n")
+        status, head, body = await client.answer()
+        assert await client.rest() == b"", "what follows is no request"
+    assert status == 400
+    assert b"Connection: close" in head
+    assert json.loads(body)["message"].startswith("bad request: ")
+    assert rig.lane.requests == []
+
+
+# ── Expect ──
+
+
+async def test_a_client_that_asks_first_is_told_to_send_its_body(rig: Rig) -> None:
+    async with rig.client() as client:
+        client.send(HEAD + b"Expect: 100-Continue\r\nContent-Length: 3\r\n\r\n")
+        assert await client.answer() == (100, b"HTTP/1.1 100 Continue\r\n\r\n", b"")
+        client.send(b"abc")
+        assert (await client.answer())[::2] == (200, b"abc")
+
+
+async def test_a_client_that_does_not_wait_for_the_100_gets_none(rig: Rig) -> None:
+    async with rig.client() as client:
+        client.send(HEAD + b"Expect: 100-continue\r\nContent-Length: 3\r\n\r\nabc")
+        assert (await client.answer())[::2] == (200, b"abc")
+
+
+@pytest.mark.parametrize(
+    ("path", "more", "status"),
+    [
+        (b"/predictions/m", b"Content-Length: 1001\r\n", 413),
+        (b"/predictions/none", b"Content-Length: 3\r\n", 404),
+        (b"/nowhere", b"Content-Length: 3\r\n", 404),
+        (b"/predictions/m", b"Content-Length: 3\r\nx-request-timeout-ms: soon\r\n", 400),
+        (b"/predictions/m", b"Content-Length: 3\r\nExpect: nonsense\r\n", 417),
+    ],
+)
+async def test_a_client_that_asks_first_and_is_refused_need_not_send_its_body(
+    rig: Rig, path: bytes, more: bytes, status: int
+) -> None:
+    """And is told that the connection ends: nobody could tell a next request from the body that did not come."""
+    head = HEAD.replace(b"/predictions/m", path)
+    async with rig.client() as client:
+        client.send(head + more + (b"" if b"Expect" in more else b"Expect: 100-continue\r\n") + b"\r\n")
+        answer = await client.answer()
+        assert answer[0] == status
+        assert b"Connection: close" in answer[1]
+    assert rig.lane.requests == []
+
+
+async def test_http_1_0_knows_no_100(rig: Rig) -> None:
+    async with rig.client() as client:
+        client.send(HEAD.replace(b"1.1", b"1.0") + b"Expect: 100-continue\r\nContent-Length: 3\r\n\r\n")
+        await until(lambda: rig.connections.requests_count == 1)
+        client.send(b"abc")
+        assert (await client.answer())[::2] == (200, b"abc")

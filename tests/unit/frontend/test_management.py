@@ -4,7 +4,8 @@ import os
 import pytest
 
 from minserve.errors import ConfigError, WorkerFailed
-from minserve.worker.worker import RankReport, State, WorkerReport
+from minserve.worker.states import State
+from minserve.worker.worker import RankReport, WorkerReport
 from tests.unit.frontend.rig import Rig
 from tests.unit.worker.specs import model_config
 

@@ -1,0 +1,85 @@
+"""What a request must satisfy at the door: a deadline that makes sense, and room for its body."""
+
+from __future__ import annotations
+
+import re
+from typing import TYPE_CHECKING
+
+from multidict import istr
+
+from minserve.errors import BadRequest, Unavailable
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+TIMEOUT_MS = istr("x-request-timeout-ms")
+TIMEOUT_S = istr("x-request-timeout-seconds")  # Ray Serve's
+_NUMBER = re.compile(r"[0-9]+(\.[0-9]+)?")
+
+
+def request_timeout(headers: Mapping[str, str], most: float) -> float:
+    """Seconds that a request has: what its client asks for, but not more than the model allows (`most`).
+
+    Raises:
+        BadRequest: the client's wish is no positive number.
+    """
+    for name, unit, factor in ((TIMEOUT_MS, "milliseconds", 0.001), (TIMEOUT_S, "seconds", 1.0)):
+        given = headers.get(name)
+        if given is not None:
+            if not _NUMBER.fullmatch(given) or not float(given):
+                raise BadRequest(f"{name}: found {given[:100]!r}, allowed: a number of {unit} > 0")
+            most = min(most, float(given) * factor)
+    return most
+
+
+class InFlightBytes:
+    """The bytes of all request bodies that are in the server, against their limit.
+
+    A body counts from before it is read until its request is answered. What the ranks still work on after its client was
+    answered (a deadline that passed in flight) is bounded by their places, and does not count.
+    """
+
+    def __init__(self, limit: int) -> None:
+        self._limit = limit
+        self.used = 0
+
+    def share(self) -> Share:
+        """One request's part, empty at first."""
+        return Share(self)
+
+    def take(self, count: int) -> None:
+        """Makes room for more bytes.
+
+        Raises:
+            Unavailable: there is none.
+        """
+        if self.used + count > self._limit:
+            raise Unavailable(
+                f"the request bodies in the server have {self.used} bytes, {count} more would exceed max_in_flight_bytes "
+                f"({self._limit})"
+            )
+        self.used += count
+
+
+class Share:
+    """What one request holds of the bytes in flight. Whoever makes one gives it back, however the request ends."""
+
+    __slots__ = ("_all", "_size")
+
+    def __init__(self, everything: InFlightBytes) -> None:
+        self._all = everything
+        self._size = 0
+
+    def grow(self, count: int) -> None:
+        """Makes room for more of the body.
+
+        Raises:
+            Unavailable: there is none.
+        """
+        self._all.take(count)
+        self._size += count
+
+    def give_back(self) -> None:
+        """The request is answered."""
+        self._all.used -= self._size
+        self._size = 0
