@@ -72,7 +72,21 @@ def test_a_failure_in_step_costs_one_request_and_no_restart(
         ),
         pytest.param('{"do": "fail_each", "ranks": [0, 1]}', 503, ["rank", "own"], id="raise-different"),
         pytest.param('{"do": "shift"}', 503, ["rank", "share out of range"], id="raise-shifted"),
-        pytest.param('{"do": "hang", "ranks": [1]}', 504, ["did not finish batch", "within 3 s"], id="hang-1"),
+        pytest.param(
+            '{"do": "hang", "ranks": [1]}',
+            504,
+            ["rank 1 (pid", "outside torch.distributed", "while rank 0 waits", "within 3 s"],
+            id="hang-1",
+        ),
+        pytest.param(
+            '{"do": "stop", "ranks": [1]}', 504, ["rank 1 (pid", "is stopped", "stallTimeout (2 s)"], id="stop-1"
+        ),
+        pytest.param(
+            '{"do": "gil", "ranks": [0]}', 504, ["rank 0 (pid", "no heartbeat", "holds the GIL", "in gil"], id="gil-0"
+        ),
+        pytest.param(
+            '{"without": [1]}', 504, ["rank 1 (pid", "has left batch", "while rank 0 waits"], id="without-collective-1"
+        ),
         pytest.param('{"do": "leave", "ranks": [1], "code": 7}', 503, ["rank 1", "exited with code 7"], id="exit-7"),
         pytest.param('{"do": "leave", "ranks": [1]}', 503, ["rank 1", "exited with code 0"], id="exit-0"),
         pytest.param('{"do": "leave", "ranks": [0], "code": 137}', 507, ["rank 0", "137"], id="exit-137"),
@@ -99,6 +113,17 @@ def test_a_failure_out_of_step_names_the_rank_and_restarts_the_worker(
     error = faulty.workers("faulty")[0]["lastError"]
     assert isinstance(error, str)
     assert error == answer.message
+
+
+def test_a_rank_that_stops_while_idle_is_found_and_its_stack_asked_for(faulty: RunningServer) -> None:
+    restarts, stopped = faulty.restarts("faulty"), faulty.pids("faulty")[0]
+    os.kill(stopped, signal.SIGSTOP)
+    until(lambda: faulty.restarts("faulty") == restarts + 1, 15)
+    error = str(faulty.workers("faulty")[0]["lastError"])
+    assert f"rank 0 (pid {stopped}) is stopped" in error
+    assert "rank 1 (pid" in faulty.log
+    assert "in receive" in faulty.log, "the other rank's stack: it waits for a batch"
+    assert_right_again(faulty, restarts + 1)
 
 
 def test_torchrun_killed_under_a_request(faulty: RunningServer) -> None:

@@ -106,7 +106,7 @@ def test_sigterm_lets_a_request_finish() -> None:
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_while_loading_ends_in_0(number: signal.Signals) -> None:
     with server(MODELS / "waits", started=False) as running:
-        until(lambda: "weights 3 of 12" in running.log, 30)
+        until(lambda: "weights 3 of 12" in running.log, 90, "loading")
         family = running.family()
         running.process.send_signal(number)
         assert running.process.wait(10) == 0
@@ -115,7 +115,7 @@ def test_a_signal_while_loading_ends_in_0(number: signal.Signals) -> None:
 
 def test_sigterm_right_after_the_start_ends_in_0() -> None:
     with server(MODELS / "waits", started=False) as running:
-        until(lambda: "inference on" in running.log, 30)
+        until(lambda: "inference on" in running.log, 90, "listening")
         running.process.terminate()
         assert running.process.wait(10) == 0
 
@@ -149,7 +149,7 @@ def test_a_killed_server_takes_its_ranks_along_and_the_next_one_starts() -> None
 @pytest.mark.parametrize("moment", [0.3, 0.6, 0.9, 1.2])
 def test_a_server_killed_in_the_middle_of_a_start_leaves_no_rank(moment: float) -> None:
     with server(DEMO_MODELS / "echo-tp", started=False) as running:
-        until(lambda: "inference on" in running.log, 30)
+        until(lambda: "inference on" in running.log, 90, "listening")
         family: dict[int, psutil.Process] = {}
         deadline = time.monotonic() + moment  # the moments are spread over what torchrun and the ranks do at start
         while time.monotonic() < deadline:

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import socket
 import time
@@ -23,7 +24,8 @@ class Faulty(BaseHandler):
         if order.get("do") == "shift":
             return self.shift()
         total = torch.tensor([float(order.get("value", 1))])
-        dist.all_reduce(total)
+        if self.rank not in order.get("without", []):
+            dist.all_reduce(total)
         if self.rank in order.get("after", []):
             getattr(self, order["do"])(order)
         if order.get("bad") == "count":
@@ -49,6 +51,13 @@ class Faulty(BaseHandler):
 
     def hang(self, order):
         time.sleep(3600)
+
+    def gil(self, order):
+        """A call into C that does not let go of the GIL."""
+        re.match("(a+)+b", "a" * 64)
+
+    def stop(self, order):
+        os.kill(os.getpid(), signal.SIGSTOP)
 
     def leave(self, order):
         os._exit(order.get("code", 0))
