@@ -6,6 +6,8 @@
 #   INDEX   another package index for everything                 make demo INDEX=<url>
 #   PORT    where `make demo` serves                             make demo PORT=9080
 #   ONCE    1: `make demo` ends after the answer                 make demo ONCE=1
+#   SEED    the seed that a chaos run has printed                make chaos SEED=4711
+#   FAULTS  how many, instead of 300                             make chaos FAULTS=60
 
 PYTHON ?= python3
 VENV ?= .venv
@@ -14,13 +16,15 @@ INDEX ?=
 TORCH_INDEX ?=
 PORT ?= 8080
 ONCE ?=
+SEED ?=
+FAULTS ?= 300
 
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet $(if $(INDEX),--index-url $(INDEX)) $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX))
 CONSTRAINTS := $(VENV)/constraints.txt
 HANDLERS := $(wildcard configs/models/*/handler.py)
 
-.PHONY: help demo test lint format types bench clean
+.PHONY: help demo test lint format types bench chaos soak clean
 .DEFAULT_GOAL := help
 
 help: ## Lists the verbs
@@ -47,6 +51,17 @@ types: $(VENV)/dev ## Checks the types of the package, the tests and the example
 
 bench: $(VENV)/dev ## Measures minserve against a bare aiohttp app, about five minutes
 	$(BIN)/python -m tests.benchmarks
+
+chaos: $(VENV)/dev ## Injects 300 real faults under load, fuzzes the wire, soaks; about half an hour
+	@$(PIP) install -c $(CONSTRAINTS) -e '.[chaos]' || echo 'atheris cannot be installed here: the wire is not fuzzed'
+	@failed=; \
+	$(BIN)/python -m tests.chaos --faults $(FAULTS) $(if $(SEED),--seed $(SEED)) || failed=1; \
+	$(BIN)/python -m tests.chaos.fuzz --seconds 60 || failed=1; \
+	$(BIN)/python -m tests.chaos.soak --requests 20000 --restarts 30 $(if $(SEED),--seed $(SEED)) || failed=1; \
+	test -z "$$failed"
+
+soak: $(VENV)/dev ## Looks for growth over 100,000 requests and 100 restarts, about ten minutes
+	$(BIN)/python -m tests.chaos.soak --requests 100000 --restarts 100 $(if $(SEED),--seed $(SEED))
 
 clean: ## Removes the venv and every cache
 	rm -rf $(VENV) .pytest_cache .ruff_cache .mypy_cache .hypothesis .bench build dist *.egg-info
