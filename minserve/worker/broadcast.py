@@ -339,7 +339,7 @@ class Broadcast:
 
     def _answer_failed(self, batch: Outstanding, link: RankLink, failure: Failure) -> None:
         what = f"{failure.type_name}: {failure.text}" if failure.type_name else failure.text
-        text = f"Prediction failed: {self._who}, rank {link.rank}: {what}"
+        text = f"Prediction failed: {self._who}, rank {link.rank} (pid {link.pid}): {what}"
         self._on_event(EventKind.HANDLER_ERROR, text, link.rank, link.pid)
         error = (HandlerOutOfMemory if failure.kind == "memory" else HandlerError)(text)
         if failure.status:

@@ -200,9 +200,8 @@ class RankGroup:
         except TimeoutError:
             await self._signs()  # for the log: where each rank is
             behind = [rank for rank in range(spec.world_size) if rank not in self._loaded]
-            at = (
-                ", ".join(f"rank {rank}: {self.stage(rank)}" for rank in behind) or "all are loaded, not all are probed"
-            )
+            stages = [f"rank {rank} (pid {self.pids[rank]}): {self.stage(rank)}" for rank in behind]
+            at = ", ".join(stages) or "all are loaded, not all are probed"
             text = f"{self._who}: not loaded within {spec.startup_timeout:g} s ({at})"
             raise WorkerFailed(text, self._last_lines(behind)) from None
         assert self._broadcast is not None

@@ -56,7 +56,7 @@ class Verdict:
             told = next((other for other in self._causes if (other.rank, other.what) == (cause.rank, cause.what)), None)
             if told is not None:
                 self._causes.remove(told)
-                cause = told if cause.exit_code is None else replace(cause, at=told.at)
+                cause = replace(cause if told.exit_code is None else told, at=told.at)
         self._causes.append(cause)
         if final:
             self._judge()

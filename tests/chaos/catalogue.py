@@ -57,8 +57,8 @@ class Model:
     batch_size: int = 4
     max_workers: int = 1
     options: tuple[str, ...] = ()
-    accept_s: float = 20.0
-    startup_s: float = 30.0
+    accept_s: float = 60.0
+    startup_s: float = 90.0
 
     @property
     def streams(self) -> bool:
@@ -100,9 +100,9 @@ FULL = (
     Model("plain", "plain", weight=8, accept_s=3.0, startup_s=5.0),
     Model("plain-tcp", "plain", weight=4, accept_s=3.0, startup_s=5.0, options=("socketType: tcp",)),
     Model("tp1", "tp", ranks=1, weight=1),
-    Model("tp2", "tp", ranks=2, weight=6),
+    Model("tp2", "tp", ranks=2, weight=6, accept_s=20.0, startup_s=40.0),
     Model("tp2-tcp", "tp", ranks=2, weight=4, options=("socketType: tcp", "replyAfter: all")),
-    Model("tp4", "tp", ranks=4, weight=3),
+    Model("tp4", "tp", ranks=4, weight=5),
     Model("pp2", "pp", ranks=2, weight=4, options=("inFlight: 2",)),
     Model("stream2", "stream", ranks=2, weight=5, batch_size=2),
     Model("stream2-tcp", "stream", ranks=2, weight=2, batch_size=2, options=("socketType: tcp",)),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
@@ -17,6 +17,7 @@ class Row:
     Attributes:
         limits: within what time it must be seen; accept and start have limits of each model's own.
         over: how often it was seen later than that.
+        vague: how often a death was told as an end of the rank whose exit status nobody could read in time.
         refused: requests answered with an error that was due; `undue`: with another one.
         left: requests whose client itself has gone.
     """
@@ -27,6 +28,7 @@ class Row:
     detected: list[float] = field(default_factory=list)
     limits: set[float] = field(default_factory=set)
     over: int = 0
+    vague: int = 0
     recovered: list[float] = field(default_factory=list)
     asked: int = 0
     right: int = 0
@@ -107,9 +109,3 @@ class Ledger:
     def windows(self, model: str) -> tuple[Window, ...]:
         """Those that are open now."""
         return tuple(self._windows.get(model, ()))
-
-
-def percentile(values: Sequence[float], share: float) -> float:
-    """The value below which that share of them lies; there must be at least one."""
-    ordered = sorted(values)
-    return ordered[min(len(ordered) - 1, int(share * len(ordered)))]

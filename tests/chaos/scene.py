@@ -23,6 +23,7 @@ POLL_S = 0.01
 READY_S = 90.0  # for a worker to be READY again: four imports of torch on two cores that others use, too
 SERVING = ("READY", "BUSY")
 LOAD_CLIENTS = 3  # for each model
+PAUSE_S = (0.02, 0.2)  # between two of a client's requests: the two cores of a small machine shall have time for faults
 IMPATIENT = 0.2  # share of their requests whose deadline may well pass while a worker starts
 IMPATIENT_S = (0.5, 5.0)
 
@@ -94,7 +95,7 @@ class Scene:
                 fields["work"] = round(self.rng.uniform(0.005, 0.03), 4)
             impatient = self.rng.random() < IMPATIENT
             await self.client.ask(model, fields, self.rng.uniform(*IMPATIENT_S) if impatient else DEADLINE_S)
-            await asyncio.sleep(self.rng.uniform(0.01, 0.06))
+            await asyncio.sleep(self.rng.uniform(*PAUSE_S))
 
     @contextlib.asynccontextmanager
     async def without_load(self, model: Model) -> AsyncIterator[None]:

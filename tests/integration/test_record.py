@@ -103,9 +103,8 @@ def test_what_was_recorded_under_load_is_played_with_the_same_batches_in_the_sam
     lines = played.stdout.splitlines()
     assert len(lines) == len(seen[0])
     failed = seqs(path)[-2]
-    assert lines[-2].startswith(
-        f"batch {failed}: 1 request, Prediction failed: tested/0, rank 0: ValueError: bad request"
-    )
+    assert lines[-2].startswith(f"batch {failed}: 1 request, Prediction failed: tested/0, rank 0 (pid ")
+    assert "): ValueError: bad request" in lines[-2]
     assert "recorded" not in played.stdout  # everything ended as it did then
     assert f"minserve: failed: batch {failed}\n" in played.stderr
 

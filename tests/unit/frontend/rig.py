@@ -5,6 +5,7 @@ import dataclasses
 import inspect
 import re
 import socket
+import struct
 from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -143,6 +144,12 @@ class Raw:
     def send(self, data: bytes) -> None:
         self.writer.write(data)
 
+    def reset(self) -> None:
+        """Leaves as a process does that is killed with bytes it has not read: the other side is told so."""
+        client = self.writer.get_extra_info("socket")
+        client.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+        self.writer.transport.abort()
+
     async def answer(self) -> tuple[int, bytes, bytes]:
         """One answer with a length: status, head, body. An interim one counts as an answer without a body."""
         async with asyncio.timeout(10):
@@ -196,11 +203,13 @@ class Rig:
         assert isinstance(supervisor, FakeSupervisor)
         return supervisor
 
-    def pass_time(self, seconds: float) -> None:
-        """Looks at the connections, lets time pass, and looks again."""
+    async def pass_time(self, seconds: float) -> None:
+        """Looks at the connections, lets time pass, and looks again. What that has ended has ended then."""
         self.connections.look(self._now)
         self._now += seconds
         self.connections.look(self._now)
+        for _ in range(10):
+            await asyncio.sleep(0)
 
     @asynccontextmanager
     async def client(self, receive_buffer: int = 0) -> AsyncIterator[Raw]:

@@ -2,7 +2,9 @@ import json
 
 import pytest
 
+from minserve.dispatch.request import Request
 from minserve.frontend.body import printable
+from minserve.wire.messages import Answer
 from tests.unit.frontend.rig import MAX_BODY, Rig, with_options
 from tests.unit.worker.specs import until
 
@@ -233,6 +235,19 @@ async def test_a_client_that_asks_first_is_told_to_send_its_body(rig: Rig) -> No
         assert await client.answer() == (100, b"HTTP/1.1 100 Continue\r\n\r\n", b"")
         client.send(b"abc")
         assert (await client.answer())[::2] == (200, b"abc")
+
+
+async def test_the_100_is_no_answer_that_has_begun(rig: Rig, held: list[Request]) -> None:
+    """With one that has, a client that ends its direction would count as gone."""
+    async with rig.client() as client:
+        client.send(HEAD + b"Expect: 100-continue\r\nContent-Length: 3\r\n\r\n")
+        assert (await client.answer())[0] == 100
+        client.send(b"abc")
+        await until(lambda: held)
+        client.writer.write_eof()
+        assert (await client.answer())[0] == 100
+        held[0].answer(Answer(0, 2), b"ok")
+        assert (await client.answer())[::2] == (200, b"ok")
 
 
 async def test_a_client_that_does_not_wait_for_the_100_gets_none(rig: Rig) -> None:

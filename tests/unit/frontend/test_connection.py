@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+from collections.abc import Callable
 
 import pytest
 
@@ -48,10 +49,10 @@ async def test_a_head_that_does_not_end_is_a_408_however_busily_it_comes(rig: Ri
     async with rig.client() as client:
         client.send(b"GET /")
         await arrived(rig, 5)
-        rig.pass_time(HEADER_S - 1)
+        await rig.pass_time(HEADER_S - 1)
         client.send(b"p")
         await arrived(rig, 6)
-        rig.pass_time(1)
+        await rig.pass_time(1)
         answer = await client.answer()
         assert answer[0] == 408
         assert message_of(answer) == "the head of the request took longer than header_timeout (30 s)"
@@ -63,9 +64,9 @@ async def test_a_connection_that_never_sends_a_byte_is_closed_without_a_word(rig
     """An answer to nothing would be taken for one to the request that is just under way."""
     async with rig.client() as client:
         await until(lambda: rig.connections.connections)
-        rig.pass_time(HEADER_S - 1)
+        await rig.pass_time(HEADER_S - 1)
         assert rig.connections.connections
-        rig.pass_time(1)
+        await rig.pass_time(1)
         assert await client.rest() == b""
 
 
@@ -74,8 +75,8 @@ async def test_an_idle_connection_is_closed_after_keepalive_timeout(rig: Rig) ->
         for _ in range(3):  # each request gives it a new one
             client.send(PING)
             assert (await client.answer())[0] == 200
-            rig.pass_time(KEEPALIVE_S - 1)
-        rig.pass_time(1)
+            await rig.pass_time(KEEPALIVE_S - 1)
+        await rig.pass_time(1)
         assert await client.rest() == b""
     await until(lambda: not rig.connections.connections)
 
@@ -84,12 +85,12 @@ async def test_the_second_head_has_header_timeout_from_its_first_byte(rig: Rig) 
     async with rig.client() as client:
         client.send(PING)
         assert (await client.answer())[0] == 200
-        rig.pass_time(KEEPALIVE_S - 1)
+        await rig.pass_time(KEEPALIVE_S - 1)
         client.send(b"GET /")
         await arrived(rig, 5)
-        rig.pass_time(HEADER_S - 1)
+        await rig.pass_time(HEADER_S - 1)
         assert rig.connections.connections
-        rig.pass_time(1)
+        await rig.pass_time(1)
         assert (await client.answer())[0] == 408
         assert await client.rest() == b""
 
@@ -98,7 +99,7 @@ async def test_a_connection_at_work_has_all_the_time_that_the_model_needs(rig: R
     async with rig.client() as client:
         client.send(POST)
         await until(lambda: held)
-        rig.pass_time(10 * (HEADER_S + KEEPALIVE_S + BODY_S))
+        await rig.pass_time(10 * (HEADER_S + KEEPALIVE_S + BODY_S))
         held[0].answer(Answer(0, 2), b"ok")
         assert (await client.answer())[::2] == (200, b"ok")
 
@@ -113,9 +114,9 @@ async def test_a_client_that_takes_nothing_of_its_answer_is_dropped(rig: Rig, he
         held[0].answer(Answer(0, 20_000_000), b"x" * 20_000_000)
         (one,) = rig.connections.connections
         await until(lambda: one.writing_paused)
-        rig.pass_time(BODY_S - 1)
+        await rig.pass_time(BODY_S - 1)
         assert rig.connections.connections
-        rig.pass_time(1)
+        await rig.pass_time(1)
         await until(lambda: not rig.connections.connections)
 
 
@@ -133,11 +134,11 @@ async def test_a_closed_connection_whose_client_does_not_read_does_not_stay(
         held[0].answer(Answer(0, 20_000_000), b"x" * 20_000_000)
         await until(lambda: transport.is_closing() if last == CLOSE else one._waiter is not None)
         if last == POST:
-            rig.pass_time(KEEPALIVE_S)
+            await rig.pass_time(KEEPALIVE_S)
             assert transport.is_closing()
-        rig.pass_time(BODY_S - 1)
+        await rig.pass_time(BODY_S - 1)
         assert rig.connections.connections
-        rig.pass_time(1)
+        await rig.pass_time(1)
         await until(lambda: not rig.connections.connections)
 
 
@@ -324,7 +325,7 @@ async def test_a_client_that_ends_its_direction_gets_its_answers(rig: Rig, reque
         client.writer.write_eof()
         for _ in range(requests):
             assert (await final_answer(client))[0] == 200
-        rig.pass_time(0)
+        await rig.pass_time(0)
         assert await client.rest() == b""
     assert len(rig.lane.requests) == requests
 
@@ -346,7 +347,7 @@ async def test_a_client_that_ends_its_direction_while_it_waits_gets_its_answer(
         client.writer.write_eof()
         assert await client.answer() == (100, b"HTTP/1.1 100 Continue\r\n\r\n", b"")
         await until(lambda: looked)  # by then one that has gone is found out
-        rig.pass_time(1)
+        await rig.pass_time(1)
         held[0].answer(Answer(0, 2), b"ok")
         assert (await client.answer())[::2] == (200, b"ok")
         assert await client.rest() == b""
@@ -412,6 +413,73 @@ async def test_a_refused_body_that_breaks_off_ends_the_connection_at_once(
         async with asyncio.timeout(4):  # LINGER_S is 5
             assert await client.reader.read() == b""
     assert caplog.records == []
+
+
+async def taken_up(one: Connection, data: bytes) -> None:
+    """Lets a connection receive the beginning of a request; aiohttp has then taken it up, and not begun with it."""
+    await until(lambda: one._waiter is not None)
+    one.data_received(data)
+    await asyncio.sleep(0)
+    assert (one._waiter, one._current_request, len(one._messages)) == (None, None, 0)
+
+
+@pytest.mark.parametrize(
+    "breaks", [Connection.eof_received, lambda one: one.data_received(b"zz\r\n")], ids=["eof", "bad chunk"]
+)
+async def test_a_body_that_breaks_off_just_when_its_request_is_taken_up_is_a_400(
+    rig: Rig, breaks: Callable[[Connection], object]
+) -> None:
+    async with rig.client() as client:
+        await until(lambda: rig.connections.connections)
+        (one,) = rig.connections.connections
+        assert isinstance(one, Connection)
+        await taken_up(one, HEAD + b"Transfer-Encoding: chunked\r\n\r\n3\r\nabc\r\n")
+        breaks(one)
+        assert (await client.answer())[0] == 400
+        assert await client.rest() == b""
+    assert rig.lane.requests == []
+
+
+async def test_a_client_that_leaves_just_when_its_request_is_taken_up_leaves_the_queue(rig: Rig) -> None:
+    dispatcher = rig.add("slow")
+    async with rig.client() as client:
+        await until(lambda: rig.connections.connections)
+        (one,) = rig.connections.connections
+        assert isinstance(one, Connection)
+        await taken_up(one, POST.replace(b"/m", b"/slow"))
+        client.writer.close()
+        one.eof_received()
+        await until(lambda: not rig.connections.connections)
+    assert dispatcher.queued == 0
+
+
+async def test_a_client_that_leaves_just_behind_its_answer_is_closed(rig: Rig, held: list[Request]) -> None:
+    async with rig.client() as client:
+        client.send(POST)
+        await until(lambda: held)
+        (one,) = rig.connections.connections
+        held[0].answer(Answer(0, 2), b"ok")
+        await asyncio.sleep(0)
+        assert (one._current_request, one._request_in_progress, one._waiter) == (None, False, None)
+        one.eof_received()
+        assert (await client.answer())[::2] == (200, b"ok")
+        assert await client.rest() == b""
+
+
+async def test_a_client_that_leaves_long_after_it_has_ended_its_direction_leaves_the_queue(
+    rig: Rig, held: list[Request]
+) -> None:
+    async with rig.client() as client:
+        client.send(POST)
+        await until(lambda: held)
+        client.writer.write_eof()
+        assert (await client.answer())[0] == 100
+        await rig.pass_time(100)
+        assert rig.connections.connections
+        client.reset()
+        await rig.pass_time(0)
+        await until(lambda: not rig.connections.connections)
+    assert rig.registry.find("m").dispatcher._live == set()
 
 
 async def test_no_client_can_write_to_the_log(rig: Rig, caplog: pytest.LogCaptureFixture) -> None:

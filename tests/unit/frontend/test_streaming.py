@@ -213,9 +213,9 @@ async def test_a_client_that_takes_no_byte_for_stream_stall_timeout_counts_as_go
         client.send(POST)
         await until(lambda: held)
         stream = await fill(rig, held[0])
-        rig.pass_time(STALL_S - 1)
+        await rig.pass_time(STALL_S - 1)
         assert not stream.muted
-        rig.pass_time(1)
+        await rig.pass_time(1)
         await until(lambda: stream.muted)
         await until(lambda: not rig.connections.connections)
         assert not (await client.rest()).endswith(b"0\r\n\r\n")
@@ -231,9 +231,9 @@ async def test_the_models_own_stall_timeout_counts(rig: Rig, held: list[Request]
         client.send(POST.replace(b"/m", b"/hasty"))
         await until(lambda: held)
         stream = await fill(rig, held[0])
-        rig.pass_time(2)
+        await rig.pass_time(2)
         assert not stream.muted
-        rig.pass_time(1)
+        await rig.pass_time(1)
         await until(lambda: stream.muted)
 
 
@@ -243,7 +243,7 @@ async def test_a_stalled_client_is_noticed_behind_the_end_of_its_stream_too(rig:
         await until(lambda: held)
         stream = await fill(rig, held[0], size=2_000_000)
         end(held[0])
-        rig.pass_time(STALL_S)
+        await rig.pass_time(STALL_S)
         await until(lambda: stream.muted)
         await until(lambda: not rig.connections.connections)
 
@@ -255,7 +255,7 @@ async def test_a_client_that_reads_slowly_is_no_stalled_one(rig: Rig, held: list
         stream = await fill(rig, held[0], size=20_000_000)
         transport = rig.connections._connections[connection_of(rig)]
         for _ in range(5):
-            rig.pass_time(STALL_S - 1)
+            await rig.pass_time(STALL_S - 1)
             waiting = transport.get_write_buffer_size()
             while transport.get_write_buffer_size() == waiting:
                 assert await client.reader.read(4096)
@@ -294,7 +294,7 @@ async def test_ranks_that_send_nothing_for_long_are_no_stalled_client(rig: Rig, 
         send(held[0], b"one")
         assert await client.reader.readuntil(b"3\r\none\r\n")
         for _ in range(3):
-            rig.pass_time(1000 * STALL_S)
+            await rig.pass_time(1000 * STALL_S)
         send(held[0], b"two")
         assert await client.reader.readuntil(b"3\r\ntwo\r\n")
 
@@ -310,7 +310,7 @@ async def test_the_answer_after_a_stream_has_the_servers_limit_again(rig: Rig, h
         await until(lambda: len(held) == 2)
         end(held[1], b"x" * 20_000_000)
         await until(lambda: connection_of(rig).writing_paused)
-        rig.pass_time(STALL_S + 1)
+        await rig.pass_time(STALL_S + 1)
         assert rig.connections.connections
-        rig.pass_time(OPTIONS.body_timeout - STALL_S)
+        await rig.pass_time(OPTIONS.body_timeout - STALL_S)
         await until(lambda: not rig.connections.connections)

@@ -214,7 +214,7 @@ async def test_the_same_exception_on_all_ranks_answers_the_clients_and_the_worke
     for client in clients:
         error = error_of(client)
         assert type(error) is HandlerError
-        assert str(error) == "Prediction failed: m/0, rank 0: ValueError: no such word"
+        assert str(error) == "Prediction failed: m/0, rank 0 (pid 4000): ValueError: no such word"
         assert error.status == 503
     assert [group.continued(rank) for rank in range(3)] == [[1], [1], [1]]
     group.clock.advance(10 * FIRST)
@@ -360,7 +360,7 @@ async def test_a_failure_that_a_pipeline_passed_on_needs_the_report_of_its_first
         group.error(2, 1, passed_on)
         assert not client.reply.done()
     group.error(0, 1, passed_on)
-    assert str(error_of(client)) == "Prediction failed: m/0, rank 2: ValueError: no such word"
+    assert str(error_of(client)) == "Prediction failed: m/0, rank 2 (pid 4002): ValueError: no such word"
     if not early:
         group.error(2, 1, passed_on)
     group.clock.advance(10 * FIRST)

@@ -342,7 +342,8 @@ async def test_a_load_that_takes_too_long_says_how_far_each_rank_is(setup: Setup
     await two.send(pack(Kind.PROGRESS, Progress("weights", 3, 9)))
     with pytest.raises(WorkerFailed) as caught:
         await load
-    assert str(caught.value) == "m/0: not loaded within 20 s (rank 1: weights 3 of 9, rank 2: importing)"
+    behind = [f"rank {rank.rank} (pid {rank.pid})" for rank in setup.ranks]
+    assert str(caught.value) == f"m/0: not loaded within 20 s ({behind[1]}: weights 3 of 9, {behind[2]}: importing)"
 
 
 async def test_a_reply_before_the_load_is_over_breaks_the_protocol(setup: Setup) -> None:

@@ -166,7 +166,7 @@ async def test_a_broadcast_tells_its_recorder_what_goes_out_and_how_it_ends() ->
         (Sent, 3, None),
         (Sent, 4, None),
         (Ended, 2, ""),
-        (Ended, 3, "Prediction failed: m/0, rank 0: ValueError: no such word"),
+        (Ended, 3, "Prediction failed: m/0, rank 0 (pid 4000): ValueError: no such word"),
         (Ended, 4, "m/0: rank 1 died"),
     ]
 
