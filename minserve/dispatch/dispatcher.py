@@ -245,5 +245,5 @@ class Dispatcher:
         )
 
     def _too_late(self, request: Request) -> DeadlineExceeded:
-        where = f"{request.worker} is still at work on it" if request.worker else "no worker had a place for it"
+        where = f"{request.worker} is still at work on it" if request.worker else "it was still in the queue"
         return DeadlineExceeded(f'Model "{self._model}": no answer within the request\'s deadline; {where}')

@@ -114,7 +114,8 @@ class Connection(web.RequestHandler):
     def _check_heads(self) -> None:
         """Refuses what the parser lets pass. Ordinary requests are not looked at."""
         for place, (message, _) in enumerate(self._messages):
-            error = None if isinstance(message, _ErrInfo) else wrong_with(message)
+            assert not isinstance(message, _ErrInfo)  # nothing is looked at behind one
+            error = wrong_with(message)
             if error is not None:
                 while len(self._messages) > place:
                     self._messages.pop()

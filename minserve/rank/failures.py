@@ -58,9 +58,8 @@ def issued_collectives() -> int:
     try:
         if not dist.is_initialized():
             return 0
-        groups = list(
-            dist.distributed_c10d._world.pg_map
-        )  # the heartbeat's thread asks, too, while the handler makes groups
+        # A copy: the heartbeat's thread asks, too, while the handler makes groups.
+        groups = list(dist.distributed_c10d._world.pg_map)
         return sum(group._get_sequence_number_for_group() for group in groups)
     except Exception:
         return 0

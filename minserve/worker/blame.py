@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterable
 
 # Within which a dying process, whose socket is closed already, has its exit code: a busy machine may take its time.
-SOCKET_GATHER_S = 0.3
+SOCKET_GATHER_S = 0.25
 DEATH_GATHER_S = 0.15  # torchrun looks at its ranks every 0.1 s: by then the siblings' deaths are in, too
 AGENT = -1  # stands where a rank's number would
 

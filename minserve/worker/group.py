@@ -65,7 +65,8 @@ class RankGroup:
         on_event: see `Broadcast`.
 
     Attributes:
-        failed: done when the group has failed, with the error that requests get; `cause` says the same in parts.
+        failed: done when the group has failed, with the error that requests get.
+        cause: of that, or of a start that took too long.
         pids: of the ranks that have said HELLO, by rank.
         progress: the latest report of each rank while it loads.
     """
@@ -163,6 +164,7 @@ class RankGroup:
         except TimeoutError:
             missing = ", ".join(map(str, acceptor.missing))
             text = f"{self._who}: rank {missing} did not connect within {accept_timeout:g} s"
+            self.cause = Cause(What.SILENCE, acceptor.missing[0], 0, "did not connect", self._loop.time())
             raise WorkerFailed(text, self._last_lines(acceptor.missing)) from None
         for arrival in arrivals:
             link = Link(arrival.hello, self._received, self._room, self._lost)
@@ -203,6 +205,8 @@ class RankGroup:
             stages = [f"rank {rank} (pid {self.pids[rank]}): {self.stage(rank)}" for rank in behind]
             at = ", ".join(stages) or "all are loaded, not all are probed"
             text = f"{self._who}: not loaded within {spec.startup_timeout:g} s ({at})"
+            first = behind[0] if behind else 0
+            self.cause = Cause(What.SILENCE, first, self.pids[first], "did not load", self._loop.time())
             raise WorkerFailed(text, self._last_lines(behind)) from None
         assert self._broadcast is not None
         assert self._board is not None

@@ -333,7 +333,8 @@ class Worker:
 
     def _record(self, error: WorkerFailed, cause: Cause | None) -> None:
         """One event for one fault."""
-        if cause is None or (self._state is State.LOADING and cause.what in (What.EXCEPTION, What.COLLECTIVE)):
+        starts = self._state is not State.READY
+        if cause is None or (starts and cause.what in (What.EXCEPTION, What.COLLECTIVE, What.SILENCE)):
             kind = EventKind.START_FAILED
         elif cause.what is What.DEATH and cause.rank == AGENT:
             kind = EventKind.AGENT_DIED

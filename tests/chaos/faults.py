@@ -49,6 +49,8 @@ Condition = Callable[[Model], bool]
 
 # What names the culprit: it must be the first rank (or torchrun) that the message speaks of, with its pid.
 BY = r"\A(?=.*{model}/\d)(?:(?!rank \d|torchrun \(pid).)*{who} \(pid {pid}\)"
+# How the server tells a death whose exit status it could not read in time. It is counted, see `Row.vague`.
+VAGUE = "closed its socket|vanished"
 IN_STEP = r"\A(?=.*{model}/\d)(?=.*rank \d).*"
 
 
@@ -86,6 +88,10 @@ class Fault:
 def _harmless(name: str, moment: Moment, do: str, fits: Condition, order: Mapping[str, object]) -> Fault:
     """Something that looks like a fault for a while, and must be left alone."""
     return Fault(name, moment, do, Who.ONE, 0, Limit.NONE, frozenset(), "(?!)", fits, order, spares=True)
+
+
+def _ended(how: str) -> str:
+    return rf"{BY}.*(?:{how}|{VAGUE})"
 
 
 def _batch(model: Model) -> bool:
@@ -131,10 +137,10 @@ def _in_batch() -> list[Fault]:
     """Told by a request, done by a rank in the middle of its batch."""
     at, one = Moment.BATCH, Who.ONE
     return [
-        Fault("os._exit(7)", at, "exit", says=BY + ".*exited with code 7", fits=_batch, order={"code": 7}),
-        Fault("exit 0", at, "exit", says=BY + ".*exited with code 0", fits=_batch, order={"code": 0}),
-        Fault("exit 137", at, "exit", statuses=frozenset({507}), says=BY + ".*137", fits=_batch, order={"code": 137}),
-        Fault("segfault", at, "segfault", says=BY + ".*SIGSEGV", fits=_batch),
+        Fault("os._exit(7)", at, "exit", says=_ended("exited with code 7"), fits=_batch, order={"code": 7}),
+        Fault("exit 0", at, "exit", says=_ended("exited with code 0"), fits=_batch, order={"code": 0}),
+        Fault("exit 137", at, "exit", statuses=frozenset({507}), says=_ended("137"), fits=_batch, order={"code": 137}),
+        Fault("segfault", at, "segfault", says=_ended("SIGSEGV"), fits=_batch),
         Fault("closes its socket, lives on", at, "close", says=BY + ".*closed its socket", fits=_batch),
         Fault("hangs up", at, "hang_up", fits=_batch),
         Fault("raises on one rank, others wait", at, "raise_own", limit=Limit.GRACE,
@@ -183,8 +189,8 @@ def _in_stream() -> list[Fault]:
     """The same, between two steps of a stream."""
     at = Moment.STREAM
     return [
-        Fault("os._exit(7)", at, "exit", says=BY + ".*exited with code 7", fits=_streams, order={"code": 7}),
-        Fault("segfault", at, "segfault", says=BY + ".*SIGSEGV", fits=_streams),
+        Fault("os._exit(7)", at, "exit", says=_ended("exited with code 7"), fits=_streams, order={"code": 7}),
+        Fault("segfault", at, "segfault", says=_ended("SIGSEGV"), fits=_streams),
         Fault("closes its socket, lives on", at, "close", says=BY + ".*closed its socket", fits=_streams),
         Fault("raises on one rank, others wait", at, "raise_own", limit=Limit.GRACE,
               says=BY + ".*ValueError: told to fail on rank {rank}", fits=_streams),
@@ -199,14 +205,14 @@ def _in_stream() -> list[Fault]:
 
 def _from_outside() -> list[Fault]:
     idle, batch, stream = Moment.SIGNAL_IDLE, Moment.SIGNAL_BATCH, Moment.SIGNAL_STREAM
-    killed, crashed = BY + ".*SIGKILL", BY + ".*SIGSEGV"
+    killed, crashed = _ended("SIGKILL"), _ended("SIGSEGV")
     return [
         Fault("SIGKILL of a rank", idle, "SIGKILL", says=killed),
         Fault("SIGKILL of a rank", batch, "SIGKILL", says=killed, fits=_batch),
         Fault("SIGKILL of a rank", stream, "SIGKILL", says=killed, fits=_streams),
         Fault("SIGSEGV of a rank", idle, "SIGSEGV", says=crashed),
         Fault("SIGSEGV of a rank", batch, "SIGSEGV", says=crashed, fits=_batch),
-        Fault("SIGTERM of a rank", batch, "SIGTERM", says=BY + ".*SIGTERM", fits=_batch),
+        Fault("SIGTERM of a rank", batch, "SIGTERM", says=_ended("SIGTERM"), fits=_batch),
         Fault("SIGSTOP of a rank", idle, "SIGSTOP", limit=Limit.STALL, statuses=_TIMEOUT),
         Fault("SIGSTOP of a rank", batch, "SIGSTOP", limit=Limit.STALL, statuses=_TIMEOUT, fits=_batch),
         Fault("SIGSTOP of a rank", stream, "SIGSTOP", limit=Limit.STALL, statuses=_TIMEOUT, fits=_streams),
@@ -225,10 +231,10 @@ def _while_loading() -> list[Fault]:
     at = Moment.LOADING
     connect, load = {"stage": "connect"}, {"stage": "load"}
     return [
-        Fault("os._exit(7)", at, "exit", restarts=2, says=BY + ".*exited with code 7", order={**load, "code": 7}),
-        Fault("SIGKILL of a rank", at, "signal", restarts=2, says=BY + ".*SIGKILL", order={**load, "signal": "SIGKILL"}),
-        Fault("segfault", at, "segfault", restarts=2, says=BY + ".*SIGSEGV", order=load),
-        Fault("SIGKILL of torchrun", at, "kill_the_agent", Who.AGENT, 2, says=BY + ".*SIGKILL", fits=_under_torchrun,
+        Fault("os._exit(7)", at, "exit", restarts=2, says=_ended("exited with code 7"), order={**load, "code": 7}),
+        Fault("SIGKILL of a rank", at, "signal", restarts=2, says=_ended("SIGKILL"), order={**load, "signal": "SIGKILL"}),
+        Fault("segfault", at, "segfault", restarts=2, says=_ended("SIGSEGV"), order=load),
+        Fault("SIGKILL of torchrun", at, "kill_the_agent", Who.AGENT, 2, says=_ended("SIGKILL"), fits=_under_torchrun,
               order=load),
         Fault("raises on one rank", at, "raise_own", restarts=2, limit=Limit.AT_ONCE,
               says=BY + ".*ValueError: told to fail on rank {rank}", order=load),

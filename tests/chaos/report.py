@@ -10,8 +10,13 @@ from collections.abc import Sequence
 from tests.chaos.ledger import BETWEEN, Breach, Ledger, Row
 
 HEAD = (
-    "| fault | n | detected in (p50, max) | limit | over it | recovered in (p50, max) | answered/asked | wrong |",
-    "|---|---|---|---|---|---|---|---|",
+    "| fault | n | detected in (p50, max) | limit | over it | vague | recovered in (p50, max) | answered/asked | wrong |",
+    "|---|---|---|---|---|---|---|---|---|",
+)
+LEGEND = (
+    "Detected: from the fault to the error that its request got, or, without one, to what /models says. "
+    "Over it: seen later than its limit. Vague: a death told without signal or code, which nobody could read in time. "
+    "Answered: whatever it was, or the client itself has left; a wrong answer, or an error that was not due, is a breach."
 )
 SHOWN = 12  # breaches of one kind that are printed
 
@@ -23,12 +28,13 @@ def table(ledger: Ledger) -> str:
     for row in rows:
         total.count += row.count
         total.over += row.over
+        total.vague += row.vague
         total.limits |= row.limits
         total.asked += row.asked
         total.right += row.answered - row.wrong
         total.wrong += row.wrong
     lines = [_line(row) for row in rows]
-    return "\n".join([*HEAD, *lines, _line(total, limit="")])
+    return "\n".join([*HEAD, *lines, _line(total, limit=""), "", LEGEND])
 
 
 def _line(row: Row, limit: str | None = None) -> str:
@@ -38,6 +44,7 @@ def _line(row: Row, limit: str | None = None) -> str:
         _times(row.detected),
         _limit(row.limits) if limit is None else limit,
         str(row.over) if row.limits else "",
+        str(row.vague or ""),
         _times(row.recovered),
         f"{row.answered}/{row.asked}",
         str(row.wrong),

@@ -24,7 +24,7 @@ from tests.chaos import report
 from tests.chaos.audit import Holdings, holdings, settles
 from tests.chaos.catalogue import FULL, Model
 from tests.chaos.client import Client
-from tests.chaos.faults import BY, IN_STEP
+from tests.chaos.faults import BY, IN_STEP, VAGUE
 from tests.chaos.ledger import Ledger
 from tests.chaos.scene import READY_S, Scene, fill
 from tests.chaos.server import ChaosServer
@@ -118,7 +118,7 @@ class Soak:
     async def _restart(self, model: Model) -> None:
         before = await self.scene.healthy(model)
         rank = self.scene.rng.randrange(model.ranks)
-        says = fill(BY + ".*SIGKILL", model, f"rank {rank}", rank, before.ranks[rank])
+        says = fill(f"{BY}.*(SIGKILL|{VAGUE})", model, f"rank {rank}", rank, before.ranks[rank])
         row = self.scene.ledger.row("restarts")
         row.count += 1
         with self.scene.ledger.window(model.name, row, frozenset({503}), says, breaks_streams=True):

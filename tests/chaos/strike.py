@@ -15,7 +15,7 @@ from datetime import datetime
 import psutil
 
 from tests.chaos.client import Json, Result
-from tests.chaos.faults import BY, Limit, Moment, Who
+from tests.chaos.faults import BY, VAGUE, Limit, Moment, Who
 from tests.chaos.ledger import Window
 from tests.chaos.scene import READY_S, Facts, Scene, due, fill, longest_wait
 from tests.chaos.schedule import Injection
@@ -108,7 +108,7 @@ class Strike:
         order = self.scene.server.control / f"{self.model.name}.json"
         hit = order.with_suffix(".hit")
         order.write_text(json.dumps({"do": self.fault.do, "rank": self.injection.rank, **self.fault.order}))
-        killed = fill(BY + ".*SIGKILL", self.model, "rank 0", 0, before.ranks[0])
+        killed = fill(f"{BY}.*(SIGKILL|{VAGUE})", self.model, "rank 0", 0, before.ranks[0])
         with self._window(before, killed):
             os.kill(before.ranks[0], signal.SIGKILL)
             await self.scene.until(hit.exists, READY_S, "the start that is to be hit")
@@ -135,6 +135,7 @@ class Strike:
             self.breach(f"/models/{self.model.name} does not say /{said.pattern}/ but {error!r}")
             return
         self._detected(time.monotonic() - at)
+        self._count_vague(seen.error)
         if self.fault.who is not Who.AGENT and not any("chaos: rank" in line for line in seen.lines):
             self.breach(f"the rank's last lines are not there, but {seen.lines}")
 
@@ -175,6 +176,9 @@ class Strike:
             if seconds > self.limit + self.scene.tolerance_s:
                 self.breach(f"detected after {seconds:.3f} s, the limit is {self.limit:g} s")
 
+    def _count_vague(self, error: str) -> None:
+        self.row.vague += VAGUE in self.fault.says and re.search(VAGUE, error) is not None
+
     async def _look_at_health(self) -> None:
         """/readyz must not say 200 while the only worker is down."""
         down = not (await self.scene.facts(self.model)).serving
@@ -200,6 +204,7 @@ class Strike:
             said = due(self.fault, self.model, self.injection.rank, self._pid(before))
             if not said.search(after.error):
                 self.breach(f"lastError does not say /{said.pattern}/ but {after.error!r}")
+            self._count_vague(after.error)
         deadline = time.monotonic() + 2.0 + self.scene.tolerance_s
         while left := [process.pid for process in old if process.is_running()]:
             if time.monotonic() > deadline:
@@ -227,7 +232,8 @@ class Strike:
         lacking = {"model", "worker", "rank", "kind", "detail"} - set().union(*events)
         if lacking:
             self.breach(f"its events lack {sorted(lacking)}: {events}")
-        named = any(event.get("rank") == self.injection.rank for event in faults)
+        rank = self.injection.rank  # that ranks did not connect, or not load, is an event about all of them
+        named = any(event["rank"] == rank or f"rank {rank} " in str(event["detail"]) for event in faults)
         if self.fault.restarting and self.fault.who in (Who.ONE, Who.NOT_ZERO) and not named:
             self.breach(f"no event names rank {self.injection.rank}: {events}")
 

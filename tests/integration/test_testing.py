@@ -64,7 +64,7 @@ def test_a_stream_comes_chunk_by_chunk(group: Group) -> None:
 def test_an_error_is_an_answer(group: Group) -> None:
     answer = group.predict("bad")
     assert answer.status == 503
-    assert "rank 0: ValueError: bad request" in answer.message
+    assert re.search(r"tested/0, rank 0 \(pid \d+\): ValueError: bad request", answer.message)
 
 
 def test_each_rank_has_its_log(group: Group) -> None:

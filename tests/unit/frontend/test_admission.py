@@ -72,7 +72,7 @@ async def test_a_request_has_the_time_that_its_client_gives_it(rig: Rig, held: l
     async with rig.inference.post("/predictions/m", data=b"", headers={"x-request-timeout-ms": "20"}) as response:
         assert response.status == 504
         assert json.loads(await response.text())["type"] == "RequestTimeoutException"
-    assert len(held) == in_flight
+    assert len(held) <= in_flight
     assert dispatcher.queued == 0
 
 
@@ -160,7 +160,7 @@ async def failed(rig: Rig, client: Raw, held: list[Request]) -> None:
 
 async def expired(rig: Rig, client: Raw, held: list[Request]) -> None:
     client.send(HEAD + b"x-request-timeout-ms: 20\r\nContent-Length: 3\r\n\r\nabc")
-    await until(lambda: held)
+    assert (await client.answer())[0] == 504
 
 
 async def left(rig: Rig, client: Raw, held: list[Request]) -> None:
@@ -221,7 +221,7 @@ async def stream_broken(rig: Rig, client: Raw, held: list[Request]) -> None:
 
 
 @pytest.mark.asyncio
-@with_options(body_timeout=0.05)
+@with_options(body_timeout=0.5)
 @pytest.mark.parametrize(
     "ends",
     [

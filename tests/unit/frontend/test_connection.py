@@ -5,6 +5,7 @@ import json
 from collections.abc import Callable
 
 import pytest
+from aiohttp.web_protocol import _ErrInfo
 
 from minserve.dispatch.request import Request
 from minserve.frontend.connection import MAX_OVERHEAD, PIPELINED, Connection
@@ -187,6 +188,8 @@ async def test_a_request_at_work_is_answered_before_the_garbage_behind_it(rig: R
         (one,) = rig.connections.connections
         client.send(b"\x00\x01\x02\r\n\r\n" + POST)
         await until(lambda: one._messages)
+        one.data_received(b"\x00 and so on\r\n\r\n" + POST)
+        assert len(one._messages) == 1, "it is not looked at"
         held[0].answer(Answer(0, 0), b"")
         assert (await client.answer())[0] == 200
         answer = await client.answer()
@@ -330,9 +333,8 @@ async def test_a_client_that_ends_its_direction_gets_its_answers(rig: Rig, reque
     assert len(rig.lane.requests) == requests
 
 
-async def test_a_client_that_ends_its_direction_while_it_waits_gets_its_answer(
-    rig: Rig, held: list[Request], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def record_looks(monkeypatch: pytest.MonkeyPatch) -> list[Connection]:
+    """The connections that were found to be still there, or not."""
     looked: list[Connection] = []
     look = Connection._abort_if_gone
 
@@ -341,6 +343,13 @@ async def test_a_client_that_ends_its_direction_while_it_waits_gets_its_answer(
         looked.append(connection)
 
     monkeypatch.setattr(Connection, "_abort_if_gone", abort_if_gone)
+    return looked
+
+
+async def test_a_client_that_ends_its_direction_while_it_waits_gets_its_answer(
+    rig: Rig, held: list[Request], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    looked = record_looks(monkeypatch)
     async with rig.client() as client:
         client.send(POST)
         await until(lambda: held)
@@ -397,6 +406,46 @@ async def test_a_body_that_ends_too_early_spoils_only_its_own_request(rig: Rig) 
         assert message_of(answer) == "the connection ended before the body did"
         assert await client.rest() == b""
     assert len(rig.lane.requests) == 1
+
+
+@pytest.mark.parametrize(
+    "second",
+    [
+        HEAD + b"Content-Length: 3\r\n\r\na",
+        HEAD.replace(b"1.1", b"1.0") + b"Transfer-Encoding: chunked\r\n\r\n3\r\nab",  # refused already
+    ],
+)
+async def test_a_body_that_ends_too_early_does_not_spoil_the_request_at_work(
+    rig: Rig, held: list[Request], second: bytes
+) -> None:
+    async with rig.client() as client:
+        client.send(POST)
+        await until(lambda: held)
+        (one,) = rig.connections.connections
+        client.send(second)
+        await until(lambda: one._messages)
+        client.writer.write_eof()
+        assert (await client.answer())[0] == 100
+        held[0].answer(Answer(0, 2), b"ok")
+        assert (await final_answer(client))[::2] == (200, b"ok")
+        assert (await final_answer(client))[0] == 400
+        assert await client.rest() == b""
+
+
+async def test_a_bad_chunk_spoils_only_its_own_request(rig: Rig, held: list[Request]) -> None:
+    async with rig.client() as client:
+        client.send(POST)
+        await until(lambda: held)
+        (one,) = rig.connections.connections
+        client.send(HEAD + b"Transfer-Encoding: chunked\r\n\r\n3\r\nab")
+        await until(lambda: one._messages)
+        client.send(b"cd\r\n")
+        await until(lambda: isinstance(one._messages[0][0], _ErrInfo))
+        held[0].answer(Answer(0, 2), b"ok")
+        assert (await client.answer())[::2] == (200, b"ok")
+        assert (await client.answer())[0] == 400
+        assert await client.rest() == b""
+    assert len(held) == 1
 
 
 @pytest.mark.parametrize("more", [b"", b"zz\r\n"], ids=["eof", "bad chunk"])
@@ -467,13 +516,15 @@ async def test_a_client_that_leaves_just_behind_its_answer_is_closed(rig: Rig, h
 
 
 async def test_a_client_that_leaves_long_after_it_has_ended_its_direction_leaves_the_queue(
-    rig: Rig, held: list[Request]
+    rig: Rig, held: list[Request], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    looked = record_looks(monkeypatch)
     async with rig.client() as client:
         client.send(POST)
         await until(lambda: held)
         client.writer.write_eof()
         assert (await client.answer())[0] == 100
+        await until(lambda: looked)
         await rig.pass_time(100)
         assert rig.connections.connections
         client.reset()

@@ -190,8 +190,8 @@ def test_a_pools_idle_workers_are_not_waited_for(looks: Looks) -> None:
 @pytest.mark.parametrize("file", ["/env/tqdm/_monitor.py", "/env/torch/_inductor/compile_worker/subproc_pool.py"])
 def test_a_librarys_endless_thread_is_not_waited_for(looks: Looks, file: str) -> None:
     over = threading.Event()
-    module: dict[str, object] = {"over": over.is_set}
-    exec(compile("def run():\n    while not over(): pass", file, "exec"), module)
+    module: dict[str, object] = {"over": over}
+    exec(compile("def run():\n    while not over.wait(0.01): pass", file, "exec"), module)
     run: Callable[[], object] = module["run"]  # type: ignore[assignment]  # what `exec` has put there
     assert is_left_alone(looks, run, over.set)
 

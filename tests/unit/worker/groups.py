@@ -30,6 +30,7 @@ class FakeGroup:
     hanging: ClassVar[set[str]] = set()
     load_seconds: ClassVar[float] = 0.0
     slow: ClassVar[dict[str, float]] = {}  # the same for one worker
+    causes: ClassVar[dict[str, Cause]] = {}  # by worker: what its group says of its end
     loads: ClassVar[list[Exception | None]] = []  # what the next loads raise, one after the other; then none does
 
     def __init__(
@@ -51,7 +52,7 @@ class FakeGroup:
         self.calls: list[str] = []
         self.batches: list[list[Request]] = []
         self.failed: asyncio.Future[WorkerFailed] = asyncio.get_running_loop().create_future()
-        self.cause: Cause | None = None
+        self.cause = FakeGroup.causes.get(who)
         self.suspected = False
         self.served = False
         self.agent_pid = 4711
@@ -144,6 +145,7 @@ def no_ranks(monkeypatch: pytest.MonkeyPatch) -> None:
         "load_seconds": 0.0,
         "slow": {},
         "loads": [],
+        "causes": {},
     }
     for name, value in fresh.items():
         monkeypatch.setattr(FakeGroup, name, value)

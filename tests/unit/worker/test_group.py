@@ -252,6 +252,8 @@ async def test_a_missing_rank_is_named(setup: Setup) -> None:
     with pytest.raises(WorkerFailed) as caught:
         await connect
     assert str(caught.value) == "m/0: rank 0, 1 did not connect within 0.3 s"
+    assert group.cause is not None
+    assert group.cause.rank == 0
     assert caught.value.last_lines == ("rank 1: no module named torch",)
 
 
@@ -342,6 +344,8 @@ async def test_a_load_that_takes_too_long_says_how_far_each_rank_is(setup: Setup
     await two.send(pack(Kind.PROGRESS, Progress("weights", 3, 9)))
     with pytest.raises(WorkerFailed) as caught:
         await load
+    assert group.cause is not None
+    assert (group.cause.rank, group.cause.pid) == (1, setup.ranks[1].pid)
     behind = [f"rank {rank.rank} (pid {rank.pid})" for rank in setup.ranks]
     assert str(caught.value) == f"m/0: not loaded within 20 s ({behind[1]}: weights 3 of 9, {behind[2]}: importing)"
 

@@ -1,6 +1,8 @@
 # ruff: noqa: ASYNC220  # tiny processes, with nothing else on the loop
 import asyncio
 import os
+import platform
+import re
 import select
 import signal
 import subprocess
@@ -12,7 +14,15 @@ from pathlib import Path
 import pytest
 import pytest_asyncio
 
-from minserve.worker.processes import Watch, children, exit_code, kill_leftovers, kill_tree, oom_kills
+from minserve.worker.processes import (
+    Watch,
+    children,
+    exit_code,
+    kill_leftovers,
+    kill_tree,
+    oom_kills,
+    reaped_exit_code,
+)
 from minserve.worker.reaper import Reaper
 
 pytestmark = pytest.mark.asyncio
@@ -93,6 +103,25 @@ async def test_a_process_that_is_gone_has_vanished(waiting: Child) -> None:
     assert await exits.wait() == [None]
     assert watch.ended.is_set()
     assert exit_code(waiting.pid) is None
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSEGV])
+async def test_a_process_that_was_reaped_before_we_looked_still_tells(waiting: Child, number: signal.Signals) -> None:
+    """On a busy machine torchrun may be first."""
+    if tuple(map(int, re.findall(r"\d+", platform.release())[:2])) < (6, 15):
+        pytest.skip("the kernel does not remember it")
+    exits = Exits()
+    Watch(waiting.pid, exits)
+    waiting.send_signal(number)
+    waiting.wait()
+    assert exit_code(waiting.pid) is None
+    assert await exits.wait() == [-number]
+
+
+async def test_a_living_process_is_not_taken_for_one_that_was_reaped(waiting: Child) -> None:
+    pidfd = os.pidfd_open(waiting.pid)
+    assert reaped_exit_code(pidfd) is None
+    os.close(pidfd)
 
 
 async def test_a_closed_watch_tells_nothing(waiting: Child) -> None:

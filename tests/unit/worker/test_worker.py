@@ -7,8 +7,9 @@ import pytest
 from minserve.dispatch.dispatcher import Dispatcher
 from minserve.dispatch.request import Reply, Request
 from minserve.errors import WorkerFailed
-from minserve.telemetry.events import EventLog
+from minserve.telemetry.events import EventKind, EventLog
 from minserve.wire.messages import RequestMeta
+from minserve.worker.blame import AGENT, Cause, What
 from minserve.worker.devices import DeviceAllocator, Inventory
 from minserve.worker.states import State
 from minserve.worker.worker import RankReport, Worker
@@ -29,8 +30,9 @@ class Setup:
     def __init__(self, number: int = 0, inventory: Inventory = TWO_GPUS, **minserve: object) -> None:
         self.dispatcher = Dispatcher(asyncio.get_running_loop(), "m", 1, 0.0, 10)
         self.allocator = DeviceAllocator(inventory)
+        self.events = EventLog("m")
         spec = make_spec(2, config=model_config("tp", minserve, parallel_level=2))
-        self.worker = Worker(spec, number, Path("/run/m1"), self.dispatcher, self.allocator, {}, EventLog("m"))
+        self.worker = Worker(spec, number, Path("/run/m1"), self.dispatcher, self.allocator, {}, self.events)
 
     def state(self) -> State:
         return self.worker.state
@@ -310,3 +312,39 @@ async def test_the_report_shows_ranks_endpoints_devices_and_progress() -> None:
         RankReport(0, 4712, "unix:/run/m1/worker.2", "weights of 0"),
         RankReport(1, 0, "unix:/run/m1/worker.3", "weights of 1"),
     )
+
+
+@pytest.mark.parametrize(
+    ("step", "what", "rank", "kind"),
+    [
+        ("load", What.EXCEPTION, 1, EventKind.START_FAILED),
+        ("connect", What.SILENCE, 1, EventKind.START_FAILED),
+        ("load", What.DEATH, 1, EventKind.RANK_DIED),
+        ("load", What.DEATH, AGENT, EventKind.AGENT_DIED),
+        ("load", What.PROBE, 0, EventKind.PROBE_FAILED),
+        ("serve", What.DEATH, AGENT, EventKind.AGENT_DIED),
+        ("serve", What.EXCEPTION, 1, EventKind.RANK_RAISED),
+        ("serve", What.COLLECTIVE, 0, EventKind.RANK_RAISED),
+        ("serve", What.STALL, 1, EventKind.RANK_STALLED),
+        ("serve", What.SILENCE, 1, EventKind.TIMEOUT),
+        ("serve", What.PROTOCOL, 1, EventKind.PROTOCOL),
+    ],
+)
+async def test_one_fault_is_one_event_that_names_rank_and_pid(
+    step: str, what: What, rank: int, kind: EventKind
+) -> None:
+    FakeGroup.causes = {"m/0": Cause(what, rank, 4713, "did it", 0.0)}
+    setup = Setup()
+    worker = setup.worker
+    error = WorkerFailed("m/0: did it")
+    if step != "serve":
+        FakeGroup.failing = {step: error}
+        with pytest.raises(WorkerFailed):
+            await worker.start()
+    else:
+        await setup.start()
+        setup.group.failed.set_result(error)
+        await worker.failed()
+    (event,) = setup.events.latest()
+    assert (event.kind, event.worker, event.rank, event.pid, event.detail) == (kind, 0, rank, 4713, "m/0: did it")
+    await worker.stop(0)
