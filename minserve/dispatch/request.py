@@ -39,6 +39,11 @@ class Stream:
         """Whether the client keeps up."""
         return self._waiting < self._room
 
+    @property
+    def over(self) -> bool:
+        """Whether nothing more is wanted of it: it has ended, or the client has left."""
+        return self.muted or self._ended
+
     def put(self, chunk: Buffer) -> None:
         """One more chunk."""
         if not self.muted and not self._ended:
@@ -127,7 +132,7 @@ class Request:
     @property
     def left(self) -> bool:
         """Whether nobody waits for what is still to come: the client has gone, or has had its answer."""
-        return self.reply.done() if self.stream is None else self.stream.muted
+        return self.reply.done() if self.stream is None else self.stream.over
 
     def chunk(self, answer: Answer, body: Buffer, room: int, on_change: Callable[[], None]) -> None:
         """One chunk of a stream. The first one is the answer to the deadline; from then on responseTimeout watches.

@@ -168,9 +168,7 @@ class Rank:
                 self._connection.send(Kind.DONE, Answers(()), seq)
             return
         stream.end()
-        if stream.refused:  # the server has been told
-            return
-        if answers is None and stream.step:
+        if stream.refused or (answers is None and stream.step):
             answers = [b""] * count  # a stream need not have a last chunk
         values = check_answers(answers, count)
         encoded = [streaming.encode(self._context, index, value) for index, value in enumerate(values)]
@@ -198,7 +196,7 @@ class Rank:
         return describe(error, self._rank, self._world_size, issued)
 
     def _refused_chunk(self, refusal: Refused) -> None:
-        self._report(Failure("refused", "", str(refusal), "", "", self._rank, ()), self._last_seq)
+        self._report(Failure("chunk", "", str(refusal), "", "", self._rank, ()), self._last_seq)
 
     def _report(self, failure: Failure, seq: int) -> None:
         self._connection.send(Kind.ERROR, failure, seq)

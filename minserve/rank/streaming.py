@@ -51,7 +51,7 @@ class Stream:
         granted: the step up to which it may go before it needs a grant.
         answering: whether this is rank 0.
         on_refused: told once when a chunk cannot be sent. The handler is not stopped for it, for the other ranks would go
-            on: it runs to its end, muted.
+            on: it takes its steps, without chunks, to its end or until the server cancels the stream on all ranks.
 
     Attributes:
         step: how many have been taken.
@@ -90,15 +90,7 @@ class Stream:
         Raises:
             Cancelled: every client has left; this step is not taken.
         """
-        self._begin_step()
-        with self._sending:
-            if not self._speaks:
-                return
-            try:
-                values = check_answers(chunks, self.count)
-                self._send_items([(index, value) for index, value in enumerate(values) if value is not None])
-            except Refused as refusal:
-                self._refuse(refusal)
+        self._take_step(lambda: check_answers(chunks, self.count))
 
     def send_some(self, chunks: object, request_ids: Mapping[int, str]) -> None:
         """One step with chunks for some requests of the batch, in the order of `request_ids`: {index: request id}.
@@ -112,14 +104,16 @@ class Stream:
         if any(ids.get(index) != request_id for index, request_id in request_ids.items()):
             logger.warning("dropped a chunk for requests that are not in this batch: %s", list(request_ids.values()))
             return
-        if not isinstance(chunks, list | tuple) or len(chunks) != len(request_ids):
-            self._begin_step()
-            self._refuse(Refused(f"an intermediate response needs one chunk for each of {len(request_ids)} requests"))
-            return
-        by_index: list[object] = [None] * self.count
-        for index, chunk in zip(request_ids, chunks, strict=True):
-            by_index[index] = chunk
-        self.send(by_index)
+
+        def by_index() -> list[object]:
+            if not isinstance(chunks, list | tuple) or len(chunks) != len(request_ids):
+                raise Refused(f"an intermediate response needs one chunk for each of {len(request_ids)} requests")
+            values: list[object] = [None] * self.count
+            for index, chunk in zip(request_ids, chunks, strict=True):
+                values[index] = chunk
+            return values
+
+        self._take_step(by_index)
 
     @property
     def cancelled(self) -> bool:
@@ -138,28 +132,25 @@ class Stream:
             raise Cancelled
         self.step += 1
 
-    @property
-    def _speaks(self) -> bool:
-        return self._answering and not self.refused and not self._ended
-
-    def _refuse(self, refusal: Refused) -> None:
+    def _take_step(self, chunks: Callable[[], list[object]]) -> None:
+        """A step without chunks is told, too: the server grants by what it has seen."""
+        self._begin_step()
         with self._sending:
-            if self._speaks:
-                self.refused = True
-                self._on_refused(refusal)
+            if not self._answering or self._ended:
+                return
+            encoded: list[tuple[Answer, Buffer]] = []
+            if not self.refused:
+                try:
+                    encoded = self._encode(chunks())
+                except Refused as refusal:
+                    self.refused = True
+                    self._on_refused(refusal)
+            answers = Answers(tuple(answer for answer, _ in encoded), self.step)
+            self._connection.send_with_body(Kind.CHUNK, answers, [body for _, body in encoded], self._seq)
 
-    def _send_items(self, items: list[tuple[int, object]]) -> None:
-        """Sends the chunks there are; a step without any is told, too, for the server grants by what it has seen.
-
-        Status and headers are what the context says at this moment.
-        """
-        answers: list[Answer] = []
-        bodies: list[Buffer] = []
-        for index, value in items:
-            answer, body = encode(self._context, index, value)
-            answers.append(answer)
-            bodies.append(body)
-        self._connection.send_with_body(Kind.CHUNK, Answers(tuple(answers), self.step), bodies, self._seq)
+    def _encode(self, chunks: list[object]) -> list[tuple[Answer, Buffer]]:
+        """Status and headers are what the context says at this moment."""
+        return [encode(self._context, index, chunk) for index, chunk in enumerate(chunks) if chunk is not None]
 
 
 def encode(context: Context, index: int, value: object) -> tuple[Answer, Buffer]:

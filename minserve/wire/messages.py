@@ -58,8 +58,9 @@ class Failure(Message):
 
     Attributes:
         kind: "own" (raised by this rank's code), "collective" (torch.distributed, so perhaps a victim), "device", "memory",
-            "refused" (minserve refused what `handle` returned on rank 0; every rank is still in step), "cancelled" (no
-            exception: the stream's clients have left, and so has this rank).
+            "refused" (minserve refused what `handle` returned on rank 0; every rank is still in step), "chunk" (likewise a
+            chunk of a stream, which goes on without chunks), "cancelled" (no exception: the stream's clients have left,
+            and so has this rank).
         type_name: class name of the exception.
         text: its text.
         place: `file:line` where it was raised.

@@ -186,7 +186,7 @@ class Broadcast:
                     return  # rank 0 alone has ended the batch: its answer was refused, or a pipeline passed a failure on
             raise WireError(f"{frame.kind.name} for batch {frame.seq}, which is not under way (last sent: {self._seq})")
         if frame.kind is Kind.ERROR:
-            self._failed(link, batch, unpack(Failure, frame.meta))
+            self._failed(link, batch, self._checked(link, unpack(Failure, frame.meta)))
         elif frame.kind is Kind.DONE:
             self._done(link, batch)
         elif link.rank != 0:
@@ -203,9 +203,8 @@ class Broadcast:
         answers = self._answers(batch, unpack(Answers, frame.meta).answers, frame)
         if len(answers) != len(batch.requests):
             raise WireError(f"REPLY with {len(answers)} answers to a batch of {len(batch.requests)}")
-        # Another rank has raised: they are not at the same place, and this answer is not to be trusted.
-        if batch.failures:
-            self._break()
+        if batch.failures:  # another rank has raised, or was cancelled
+            self._out_of_step(batch)
             return
         for request, (answer, body) in zip(batch.requests, answers, strict=True):
             request.answer(answer, body)
@@ -247,10 +246,10 @@ class Broadcast:
         if len(batch.done) == len(self._links) and batch.held is not None:
             self._reply(batch, batch.held)
 
-    def _finish(self, batch: Outstanding, error: str = "") -> None:
+    def _finish(self, batch: Outstanding) -> None:
         del self._outstanding[batch.seq]
         if self.recorder is not None:
-            self.recorder.ended(batch.seq, error)
+            self.recorder.ended(batch.seq, batch.error)
         if batch.cancelled:
             detail = (
                 f"{self._who}: batch {batch.seq} ended at step {batch.granted}: every client of its stream had left"
@@ -270,11 +269,19 @@ class Broadcast:
     # ── exceptions ──
 
     def _failed(self, link: RankLink, batch: Outstanding, failure: Failure) -> None:
-        if failure.kind != "cancelled":
-            self._log(link, batch.seq, failure)
+        if failure.kind == "cancelled":
+            self._left_its_stream(link, batch, failure)
+            return
+        self._log(link, batch.seq, failure)
         if failure.kind == "refused":  # by minserve, after handle returned: every rank is in step
-            self._streams.release(batch)  # it may have been in mid-stream
             self._answer_failed(batch, link, failure)
+            self._finish(batch)
+            return
+        if (
+            failure.kind == "chunk"
+        ):  # the stream goes on for nobody, so that the ranks stay in step, until it is cancelled
+            self._answer_failed(batch, link, failure)
+            self._clients_changed(batch)
             return
         batch.failures[link.rank] = failure
         batch.causes.append(_cause(link, failure, self._clock.time(), probe=not batch.requests))
@@ -284,25 +291,53 @@ class Broadcast:
             self.causes = [cause for cause in self.causes if cause not in batch.causes]
             if not self.causes:
                 self._grace_alarm.stop()
-            self._continued.append((batch.seq, failure.type_name, failure.place))
-            for other in self._links:
-                other.write([header(Kind.CONTINUE, batch.seq, 0, 0)])
             first = batch.failures[min(batch.failures)]  # the same whichever rank's report came last
-            if failure.kind == "cancelled":
-                self._finish(batch)
-            else:
-                self._answer_failed(batch, self._links[first.origin], first)
+            self._let_continue(batch, first)
+            self._answer_failed(batch, self._links[first.origin], first)
+            self._finish(batch)
         elif len(batch.failures) == len(self._links):
-            self._break()
+            self._out_of_step(batch)
         else:
             self._grace_alarm.at(self._clock.time() + self._limits.error_grace)
 
+    def _left_its_stream(self, link: RankLink, batch: Outstanding, failure: Failure) -> None:
+        """A rank has come to where its stream was cancelled. Others may be steps behind; the batch's own limit governs."""
+        if not batch.cancelled:
+            raise WireError(f"ERROR says that the stream of batch {batch.seq} was cancelled, which it was not")
+        batch.failures[link.rank] = failure
+        batch.causes.append(_cause(link, failure, self._clock.time()))
+        if len(batch.failures) < len(self._links):
+            return
+        if self._in_step(batch, failure):
+            self._let_continue(batch, failure)
+            self._finish(batch)
+        else:
+            self._out_of_step(batch)
+
+    def _let_continue(self, batch: Outstanding, failure: Failure) -> None:
+        """Every rank has left the batch at the same place: they may go on."""
+        self._continued.append((batch.seq, failure.type_name, failure.place))
+        for link in self._links:
+            link.write([header(Kind.CONTINUE, batch.seq, 0, 0)])
+
+    def _out_of_step(self, batch: Outstanding) -> None:
+        """The ranks are not at the same place: nothing that they send is to be trusted."""
+        self.causes += [cause for cause in batch.causes if cause not in self.causes]
+        self._break()
+
     def _failed_late(self, link: RankLink, seq: int, failure: Failure) -> None:
-        """A report on a batch that is over for the client: from a rank > 0, or from rank 0 behind a refused chunk."""
+        """A report on a batch that rank 0 has ended."""
         self._log(link, seq, failure)
         if (seq, failure.type_name, failure.place) not in self._continued:
             self.causes.append(_cause(link, failure, self._clock.time()))
             self._break()
+
+    def _checked(self, link: RankLink, failure: Failure) -> Failure:
+        if not 0 <= failure.origin < len(self._links):
+            raise WireError(f"ERROR of rank {failure.origin}, of which there are {len(self._links)}")
+        if failure.kind in ("refused", "chunk") and link.rank != 0:
+            raise WireError(f"ERROR about an answer from rank {link.rank}: only rank 0 answers")
+        return failure
 
     def _in_step(self, batch: Outstanding, failure: Failure) -> bool:
         """Whether every rank that must report has reported this same failure, and the group can go on after it."""
@@ -346,7 +381,7 @@ class Broadcast:
             error.status = failure.status
         for request in batch.requests:
             request.fail(error)
-        self._finish(batch, text)
+        batch.error = text
 
     # ── time ──
 

@@ -54,6 +54,7 @@ class Outstanding:
         due: when the worker fails for it; never while the ranks wait for a grant.
         granted: the step up to which its stream may go; `step` is the last that rank 0 has sent.
         failures: what ranks have reported, by rank, and the same as causes.
+        error: what its clients were told.
         on_change: called when one of its clients keeps up again or has left.
         on_passed: called when every rank is through a probe.
         held: rank 0's reply, while other ranks' DONE is waited for.
@@ -66,6 +67,7 @@ class Outstanding:
     granted: int = 0
     step: int = 0
     cancelled: bool = False
+    error: str = ""
     on_change: Callable[[], None] | None = None
     on_passed: Callable[[], None] | None = None
     failures: dict[int, Failure] = field(default_factory=dict)

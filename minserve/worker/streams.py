@@ -17,8 +17,6 @@ if TYPE_CHECKING:
 
     from minserve.worker.outstanding import Limits, Outstanding, RankLink
 
-WITHOUT_END = 2**62
-
 
 class Streams:
     """Grants the steps of one worker's streams.
@@ -45,11 +43,6 @@ class Streams:
         if room and batch.granted - batch.step <= self._ahead // 2:  # not with each step: a grant wakes every rank
             batch.granted = batch.step + self._ahead
             self._tell(Kind.GRANT, batch, batch.granted)
-
-    def release(self, batch: Outstanding) -> None:
-        """Lets the ranks run to the end of a batch that nobody waits for any more."""
-        batch.granted = WITHOUT_END
-        self._tell(Kind.GRANT, batch, batch.granted)
 
     def _may_cancel(self, batch: Outstanding) -> bool:
         """Whether every rank takes part in the stream. One that has counted no step may be in another place altogether.

@@ -407,10 +407,11 @@ def test_a_bad_chunk_mutes_is_reported_once_and_the_generator_is_exhausted(
     """The other ranks go on with the collectives of its later steps, so it must, too."""
     source = streaming(f"yield ['a']\nyield {bad}\nyield {bad}\nyield ['c']\nopen('exhausted', 'w').close()")
     served = serve(source, batch(1, b""), batch(2, b""))
-    one = [">CHUNK 1", ">ERROR 1"]  # no REPLY, and no wait for CONTINUE
+    # Its steps are told, without chunks; and no wait for CONTINUE.
+    one = [">CHUNK 1", ">ERROR 1", ">CHUNK 1", ">CHUNK 1", ">CHUNK 1", ">REPLY 1"]
     assert served.log[2:] == ["<BATCH 1", *one, "<BATCH 2", *[entry.replace("1", "2") for entry in one]]
     assert (model_dir / "exhausted").exists()
-    assert {unpack(Failure, sent.meta).kind for sent in served.connection.of(Kind.ERROR)} == {"refused"}
+    assert {unpack(Failure, sent.meta).kind for sent in served.connection.of(Kind.ERROR)} == {"chunk"}
 
 
 def test_an_exception_in_mid_stream_is_an_error_like_any_other(serve: Serve) -> None:
@@ -675,7 +676,7 @@ SEND = """
         ("send(['a', 'b'], context.request_ids, 'ok', 200, context)\nreturn ['c', 'd']", [">CHUNK 1", ">REPLY 1"]),
         ("send(['b'], {1: 'r1'}, 'ok', 200, context)\nreturn ['', '']", [">CHUNK 1", ">REPLY 1"]),
         ("send(['a', 'b'], context.request_ids, 'ok', 200)\nreturn None", [">CHUNK 1", ">REPLY 1"]),
-        ("send(['a'], context.request_ids, 'ok', 200)\nreturn ['', '']", [">ERROR 1"]),
+        ("send(['a'], context.request_ids, 'ok', 200)\nreturn ['', '']", [">ERROR 1", ">CHUNK 1", ">REPLY 1"]),
     ],
 )
 def test_torchserves_function_sends_chunks(

@@ -342,8 +342,23 @@ async def test_exceptions_that_leave_the_ranks_out_of_step_break_the_worker_with
     assert group.continued(0) == []
 
 
-async def test_a_rank_0_that_fails_again_after_a_refused_chunk_breaks_the_worker_and_is_named() -> None:
-    """A refused chunk ends the batch for its clients, while the handler runs on and may still raise."""
+@pytest.mark.parametrize(("rank", "kind"), [(1, "refused"), (1, "chunk")])
+async def test_only_rank_0s_answers_can_be_refused(rank: int, kind: str) -> None:
+    group = Group()
+    group.send(b"a")
+    with pytest.raises(WireError, match="only rank 0 answers"):
+        group.error(rank, 1, failure(kind, ""))
+
+
+@pytest.mark.parametrize("origin", [-1, 2])
+async def test_a_failure_must_come_from_a_rank_that_there_is(origin: int) -> None:
+    group = Group()
+    group.send(b"a")
+    with pytest.raises(WireError, match=f"ERROR of rank {origin}, of which there are 2"):
+        group.error(0, 1, failure(origin=origin))
+
+
+async def test_a_rank_0_that_fails_again_after_a_refused_answer_breaks_the_worker_and_is_named() -> None:
     group = Group()
     group.send(b"a")
     group.error(0, 1, failure("refused", "Refused"))

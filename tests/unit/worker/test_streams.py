@@ -1,14 +1,11 @@
 """Streams over a broadcast with in-memory links: four steps are granted ahead, a client may have 100 bytes waiting."""
 
-import math
-
 import pytest
 
-from minserve.errors import DeadlineExceeded
+from minserve.errors import DeadlineExceeded, HandlerError, WireError
 from minserve.telemetry.events import EventKind
 from minserve.wire.frames import Kind
 from minserve.wire.messages import Batch, unpack
-from minserve.worker.streams import WITHOUT_END
 from tests.unit.worker.broadcasts import AHEAD, BUFFER, TIMEOUT, Group, error_of, failure
 
 pytestmark = pytest.mark.asyncio
@@ -111,8 +108,11 @@ async def test_a_cancelled_stream_that_ends_by_itself_is_over_like_any_other() -
 
 async def test_ranks_that_leave_a_cancelled_stream_at_different_steps_are_out_of_step() -> None:
     group = Group()
-    group.send(b"x")
+    (request,) = group.send(b"x")
     group.chunk(1, (0, b"c"))
+    group.steps = {0: 1, 1: 1}
+    assert request.stream is not None
+    request.stream.mute()
     cancelled(group, 1, 1)
     group.reply(1, b"")
     assert "was at another step" in str(group.broken[0])
@@ -172,15 +172,70 @@ async def test_a_deadline_that_passes_before_the_first_chunk_cancels_as_well() -
     assert isinstance(error_of(request), DeadlineExceeded)
 
 
-async def test_after_a_chunk_that_cannot_be_sent_the_ranks_are_let_run_to_their_end() -> None:
+async def test_a_chunk_that_cannot_be_sent_is_the_clients_error_and_the_stream_is_cancelled_in_step() -> None:
     group = Group()
     (request,) = group.send(b"x")
     group.chunk(1, (0, b"c"))
-    group.error(0, 1, failure("refused", ""))
-    assert group.told(Kind.GRANT, 0) == group.told(Kind.GRANT, 1) == [WITHOUT_END]
-    assert not group.broadcast.busy
+    group.steps = {0: 2, 1: 1}
+    group.error(0, 1, failure("chunk", "", ""))
     assert request.stream is not None
-    assert request.deadline == math.inf
+    assert await request.stream.next() == b"c"
+    with pytest.raises(HandlerError, match="no such word"):
+        await request.stream.next()
+    assert group.told(Kind.CANCEL, 0) == group.told(Kind.CANCEL, 1) == [AHEAD]
+    group.chunk(1, step=2)
+    cancelled(group, 0, 1)
+    cancelled(group, 1, 1)
+    assert group.continued(1) == [1]
+    assert not group.broadcast.busy
+    assert group.broken == []
+    assert group.events[0] == (EventKind.HANDLER_ERROR, 0)
+
+
+async def test_where_it_cannot_be_cancelled_the_ranks_run_to_the_end_without_chunks() -> None:
+    group = Group()
+    (request,) = group.send(b"x")
+    group.error(0, 1, failure("chunk", "", ""))
+    assert isinstance(error_of(request), HandlerError)
+    for _ in range(3 * AHEAD):
+        group.chunk(1)
+    assert group.told(Kind.GRANT)[-1] > 3 * AHEAD
+    group.reply(1, b"")
+    assert not group.broadcast.busy
+    assert group.broken == []
+
+
+async def test_the_same_exception_on_all_ranks_behind_a_bad_chunk_costs_no_restart() -> None:
+    group = Group()
+    group.send(b"x")
+    group.error(0, 1, failure("chunk", "", ""))
+    for rank in (1, 0):
+        group.error(rank, 1, failure())
+    assert group.continued(0) == group.continued(1) == [1]
+    assert group.broken == []
+
+
+async def test_ranks_may_take_long_to_come_to_where_a_stream_was_cancelled() -> None:
+    group = Group()
+    group.finish()
+    (request,) = group.send(b"x")
+    group.chunk(2, (0, b"c"))
+    group.steps = {0: 1, 1: 1}
+    assert request.stream is not None
+    request.stream.mute()
+    cancelled(group, 0, 2)
+    group.clock.advance(TIMEOUT - 0.1)
+    assert group.broken == [], "longer than the grace of an error"
+    cancelled(group, 1, 2)
+    assert not group.broadcast.busy
+
+
+async def test_a_cancel_that_nobody_has_sent_breaks_the_protocol() -> None:
+    group = Group()
+    (request,) = group.send(b"x")
+    with pytest.raises(WireError, match="was cancelled, which it was not"):
+        cancelled(group, 0, 1)
+    assert not request.reply.done()
 
 
 async def test_a_client_that_leaves_after_the_end_of_its_stream_changes_nothing() -> None:
