@@ -181,6 +181,9 @@ class Dispatcher:
     def _send(self, lane: Lane, batch: list[Request]) -> None:
         try:
             lane.send(batch)
+        except MinServeError as error:
+            for request in batch:
+                request.fail(error)
         except Exception:  # nothing in a request may do this; if it does, its clients shall know
             logger.exception("%s: a batch could not be sent", self._model)
             for request in batch:

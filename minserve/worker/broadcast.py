@@ -18,9 +18,9 @@ from collections import deque
 from typing import TYPE_CHECKING
 
 from minserve.dispatch.clock import Alarm
-from minserve.errors import HandlerError, HandlerOutOfMemory, MinServeError, WireError
+from minserve.errors import BadRequest, HandlerError, HandlerOutOfMemory, MinServeError, WireError
 from minserve.telemetry.events import EventKind
-from minserve.wire.frames import PROBE, Kind, header
+from minserve.wire.frames import MAX_META_BYTES, PROBE, Kind, header
 from minserve.wire.messages import Answers, Batch, Failure, pack, pack_with_body, split_body, unpack
 from minserve.worker.blame import Cause, What, culprit
 from minserve.worker.outstanding import Outstanding
@@ -118,6 +118,10 @@ class Broadcast:
         meta = Batch(tuple(request.meta for request in requests), self._limits.stream_ahead)
         bodies = [body for request in requests for body in request.bodies]
         pieces = pack_with_body(Kind.BATCH, meta, bodies, self._seq + 1)
+        if len(pieces[0]) > MAX_META_BYTES:  # its ranks would take it for rubbish, and the worker would be lost
+            raise BadRequest(
+                f"the headers and names of a batch's {len(requests)} requests are over {MAX_META_BYTES} bytes"
+            )
         if sum(map(len, pieces)) <= SMALL_BYTES:
             pieces = [b"".join(pieces)]
         for request in requests:

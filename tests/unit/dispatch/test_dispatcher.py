@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
 from minserve.dispatch.request import Reply, Request
-from minserve.errors import DeadlineExceeded, MinServeError, ModelUnhealthy, QueueFull, WorkerFailed
+from minserve.errors import BadRequest, DeadlineExceeded, MinServeError, ModelUnhealthy, QueueFull, WorkerFailed
 from minserve.wire.messages import Answer
 from tests.unit.dispatch.rig import FakeLane, Rig, settle
 
@@ -489,6 +489,20 @@ async def test_a_batch_that_cannot_be_sent_is_answered_and_those_behind_it_go_on
     await rig.advance()
     lane.free()
     assert await bodies([b]) == "b"
+
+
+@pytest.mark.asyncio
+async def test_a_batch_that_the_lane_refuses_is_answered_with_its_reason() -> None:
+    class Refusing(BrokenLane):
+        def send(self, requests: list[Request]) -> None:
+            raise BadRequest("too many headers")
+
+    rig = Rig(lanes=0)
+    rig.dispatcher.attach(Refusing())
+    (a,) = await rig.submit("a")
+    await rig.advance()
+    with pytest.raises(BadRequest, match="too many headers"):
+        await a
 
 
 @pytest.mark.asyncio

@@ -3,7 +3,7 @@ import math
 import pytest
 
 from minserve.dispatch.request import Reply
-from minserve.errors import HandlerError, HandlerOutOfMemory, WireError, WorkerFailed
+from minserve.errors import BadRequest, HandlerError, HandlerOutOfMemory, WireError, WorkerFailed
 from minserve.telemetry.events import EventKind
 from minserve.wire.frames import PROBE, Frame, Kind
 from minserve.wire.messages import Answer, Answers, Batch, Failure, Part, pack, pack_with_body, unpack
@@ -525,6 +525,17 @@ async def test_a_batch_that_cannot_be_encoded_leaves_no_gap() -> None:
     with pytest.raises(UnicodeEncodeError):
         group.broadcast.send([odd])
     assert group.broadcast.has_place()
+    group.send(b"a")
+    assert [frame.seq for frame in group.links[0].frames] == [1]
+
+
+async def test_a_batch_whose_headers_no_rank_would_take_is_the_clients_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("minserve.worker.broadcast.MAX_META_BYTES", 1000)
+    group = Group()
+    greedy = request(b"x")
+    greedy.meta.headers = ((b"a", b"b" * 1000),)
+    with pytest.raises(BadRequest, match="the headers and names of a batch's 1 requests are over 1000 bytes"):
+        group.broadcast.send([greedy])
     group.send(b"a")
     assert [frame.seq for frame in group.links[0].frames] == [1]
 
