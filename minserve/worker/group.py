@@ -8,30 +8,26 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import os
 import secrets
-import shutil
 import signal
 from typing import TYPE_CHECKING, TypeVar
 
 from minserve.errors import RankProtocolError, ResponseTimeout, WireError, WorkerFailed, WorkerOutOfMemory
-from minserve.wire.board import Board
 from minserve.wire.frames import Kind
 from minserve.wire.messages import Failure, Load, Loaded, Progress, Shutdown, pack, pack_with_body, unpack
-from minserve.worker import endpoints as addressing
-from minserve.worker import hang, launcher, stacks
+from minserve.worker import hang, launcher
 from minserve.worker.acceptor import Acceptor, Expected
 from minserve.worker.blame import AGENT, SOCKET_GATHER_S, Cause, What, describe_exit
 from minserve.worker.broadcast import Broadcast
 from minserve.worker.link import Link
 from minserve.worker.oom import OutOfMemory
-from minserve.worker.output import Output, open_fifo
-from minserve.worker.processes import Watch, kill_leftovers, kill_tree, process_state
+from minserve.worker.processes import Watch, kill_leftovers, kill_tree
+from minserve.worker.signs import look
+from minserve.worker.site import Site
 from minserve.worker.verdict import HANGS, Verdict
 from minserve.worker.watchdog import Watchdog
 
 if TYPE_CHECKING:
-    import socket
     from collections.abc import Callable, Coroutine, Mapping
     from pathlib import Path
 
@@ -43,6 +39,7 @@ if TYPE_CHECKING:
     from minserve.worker.devices import Devices
     from minserve.worker.endpoints import Endpoints
     from minserve.worker.recorder import Recorder
+    from minserve.worker.signs import Signs
     from minserve.worker.spec import ModelSpec
 
 logger = logging.getLogger(__name__)
@@ -85,8 +82,7 @@ class RankGroup:
     ) -> None:
         self._spec = spec
         self._who = who
-        self._slot = slot
-        self._directory = directory
+        self._site = Site(spec, who, slot, directory)
         self._devices = devices
         self._environ = environ
         self._on_free = on_free
@@ -94,22 +90,17 @@ class RankGroup:
         self._on_event = on_event
         self._loop = asyncio.get_running_loop()
         self._incarnation = f"{spec.name}-{slot}-{secrets.token_hex(4)}"
-        self._run_directory = directory / f"{slot}.r"
-        self._listeners: list[socket.socket] = []
         self._arrivals: list[Arrival] = []  # ranks whose sockets no link has taken over yet
         self._links: list[Link] = []
         self._watches: list[Watch] = []
-        self._outputs: dict[int, Output] = {}
         self._loaded: dict[int, Loaded] = {}
         self._load_errors: dict[int, str] = {}  # by rank: type, text and place of what a handler raised in its load
         self._all_loaded = asyncio.Event()
         self._verdict = Verdict(self._exceptions, self._look_closer, self._judged)
         self._out_of_memory = OutOfMemory(self._loop)
-        self._board: Board | None = None
         self._watchdog: Watchdog | None = None
         self._broadcast: Broadcast | None = None
         self.agent_pid = 0
-        self.endpoints: Endpoints | None = None
         self.failed: asyncio.Future[WorkerFailed] = self._loop.create_future()
         self.cause: Cause | None = None
         self.pids: dict[int, int] = {}
@@ -123,23 +114,12 @@ class RankGroup:
         Raises:
             WorkerFailed: no ports, or the process cannot be started.
         """
-        spec, options = self._spec, self._spec.config.minserve
-        shutil.rmtree(self._run_directory, ignore_errors=True)
-        self._run_directory.mkdir(mode=0o700)
-        if options.socket_type == "unix":
-            self.endpoints = addressing.unix_endpoints(self._directory, self._slot, spec.world_size)
-            self._listeners = addressing.listen_unix(self.endpoints)
-        else:
-            first = options.port or addressing.FIRST_PORT
-            self.endpoints, self._listeners = addressing.listen_tcp(spec.world_size, first)
-        self._board = Board(self._run_directory / "board", spec.world_size)
-        for rank in range(spec.world_size):
-            fifo = open_fifo(self._run_directory / f"output.{rank}")
-            self._outputs[rank] = Output(fifo, f"{self._who} rank {rank}")
+        spec = self._spec
+        endpoints = self._site.open()
         secret = secrets.token_hex(16)
         self._expected = Expected(spec.world_size, self._incarnation, secret)
         launch = launcher.plan(
-            spec, self.endpoints, self._devices, self._run_directory, self._incarnation, secret, self._environ
+            spec, endpoints, self._devices, self._site.path, self._incarnation, secret, self._environ
         )
         logger.debug("%s: %s", self._who, " ".join(launch.command))
         try:
@@ -148,7 +128,7 @@ class RankGroup:
             raise WorkerFailed(f"{self._who}: cannot start {launch.command[0]}: {error}") from None
         self.agent_pid = self._process.pid
         assert self._process.stdout is not None
-        self._outputs[AGENT] = Output(os.dup(self._process.stdout.fileno()), f"{self._who} torchrun")
+        self._site.read_agent(self._process.stdout.fileno())
         self._process.stdout.close()
         self._watches.append(Watch(self.agent_pid, self._agent_exited))
 
@@ -158,7 +138,7 @@ class RankGroup:
         Raises:
             WorkerFailed: not all have come in time, or one has died before.
         """
-        acceptor = Acceptor(self._listeners, self._expected, self._rank_arrived)
+        acceptor = Acceptor(self._site.listeners, self._expected, self._rank_arrived)
         try:
             arrivals = await self._unless_failed(acceptor.run(), accept_timeout)
         except TimeoutError:
@@ -171,7 +151,7 @@ class RankGroup:
             await self._loop.connect_accepted_socket(lambda link=link: link, arrival.socket)  # type: ignore[misc]
             self._arrivals.remove(arrival)
             self._links.append(link)
-        self._outputs[AGENT].level = logging.DEBUG  # from here on torchrun only repeats what the ranks tell
+        self._site.outputs[AGENT].level = logging.DEBUG  # from here on torchrun only repeats what the ranks tell
         self._broadcast = Broadcast(
             *(self._loop, self._links, self._spec.limits, self._who, self._steps),
             *(self._on_free, self._broken, self._on_lost, self._on_event),
@@ -209,9 +189,9 @@ class RankGroup:
             self.cause = Cause(What.SILENCE, first, self.pids[first], "did not load", self._loop.time())
             raise WorkerFailed(text, self._last_lines(behind)) from None
         assert self._broadcast is not None
-        assert self._board is not None
+        assert self._site.board is not None
         self._watchdog = Watchdog(
-            *(self._loop, self._links, self._broadcast, spec.limits, self._board.read, self._verdict.suspect_hang),
+            *(self._loop, self._links, self._broadcast, spec.limits, self._site.board.read, self._verdict.suspect_hang),
             options.probe_interval if self._probes else 0.0,
         )
 
@@ -262,6 +242,11 @@ class RankGroup:
                 recorder.begin(self._incarnation)
 
     @property
+    def endpoints(self) -> Endpoints | None:
+        """Where its ranks connect; None before the launch."""
+        return self._site.endpoints
+
+    @property
     def suspected(self) -> bool:
         """Whether something is wrong, whoever is to blame."""
         return self._verdict.pending
@@ -274,7 +259,7 @@ class RankGroup:
     @property
     def through(self) -> bool:
         """Whether every rank is through with all that rank 0 is."""
-        board, broadcast = self._board, self._broadcast
+        board, broadcast = self._site.board, self._broadcast
         if board is None or broadcast is None:
             return True
         return all(board.read(link.rank).finished >= broadcast.replied for link in self._links)
@@ -311,15 +296,9 @@ class RankGroup:
             link.close()
         for arrival in self._arrivals:
             arrival.socket.close()
-        addressing.close_all(self._listeners)
         for watch in self._watches:
             watch.close()
-        for output in self._outputs.values():
-            output.close()
-        if self._board is not None:
-            self._board.close()
-            self._board = None
-        shutil.rmtree(self._run_directory, ignore_errors=True)
+        self._site.close()
 
     async def _gone(self, timeout: float, watches: list[Watch]) -> None:
         try:
@@ -333,7 +312,7 @@ class RankGroup:
     # ── what the sockets, the board and the kernel tell ──
 
     def _steps(self, rank: int, seq: int) -> int:
-        return self._board.read(rank).step_of(seq) if self._board is not None else 0
+        return self._site.board.read(rank).step_of(seq) if self._site.board is not None else 0
 
     def _rank_arrived(self, arrival: Arrival) -> None:
         rank, pid = arrival.hello.rank, arrival.hello.pid
@@ -405,19 +384,12 @@ class RankGroup:
         suspects = set(range(self._spec.world_size)) - {cause.rank for cause in self._exceptions()}
         return hang.find(await self._signs(), sorted(suspects), seq, noticed)
 
-    async def _signs(self) -> list[hang.Signs]:
-        """What can be seen of each rank that has come, its Python stack too; logged."""
-        found = await stacks.ask(self._run_directory, self.pids)
-        if self._board is None:  # the group was killed meanwhile
-            return []
-        silent = self._watchdog.silent if self._watchdog is not None else [0.0] * self._spec.world_size
-        signs = [
-            hang.Signs(rank, pid, process_state(pid), silent[rank], self._board.read(rank), found.get(rank))
-            for rank, pid in sorted(self.pids.items())
-        ]
-        for one in signs:
+    async def _signs(self) -> list[Signs]:
+        """What can be seen of each rank that has come; logged."""
+        seen = await look(self._site, self.pids, self._watchdog.silent if self._watchdog is not None else [])
+        for one in seen:
             logger.error("%s: %s\n%s", self._who, one, one.stack.text.rstrip() if one.stack else "    no stack")
-        return signs
+        return seen
 
     def _judged(self, cause: Cause) -> None:
         self.cause = cause
@@ -447,7 +419,4 @@ class RankGroup:
         """The last lines that the ranks printed; torchrun's, too, where one has not come as far as its own pipe."""
         silent = any(rank not in self.pids for rank in ranks)
         sources = dict.fromkeys([*ranks, AGENT] if silent else ranks)
-        outputs = [self._outputs[rank] for rank in sources if rank in self._outputs]
-        for output in outputs:
-            output.catch_up()  # a death may be seen before the last words
-        return tuple(line for output in outputs for line in output.tail)
+        return self._site.last_lines(sources)

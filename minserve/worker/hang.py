@@ -7,52 +7,20 @@ outside torch.distributed keeps those inside it waiting; so does one that has le
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from minserve.wire.board import HEARTBEAT_S, Vitals
+from minserve.wire.board import HEARTBEAT_S
 from minserve.worker.blame import Cause, What
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
-    from minserve.worker.stacks import Stack
+    from minserve.worker.signs import Signs
 
 STOPPED = frozenset("Tt")  # process states: proc(5)
 IN_THE_KERNEL = "D"
 # A heartbeat that stands still for so long when somebody looks is no accident of scheduling.
 SILENT_S = 8 * HEARTBEAT_S
-
-
-@dataclass(frozen=True, slots=True)
-class Signs:
-    """What can be seen of a rank that does not answer.
-
-    Attributes:
-        state: of its process, one letter, "" when it is gone.
-        silent: seconds without a heartbeat.
-        stack: None when it could not be had.
-    """
-
-    rank: int
-    pid: int
-    state: str
-    silent: float
-    vitals: Vitals
-    stack: Stack | None
-
-    @property
-    def collective(self) -> bool:
-        """Whether it is inside torch.distributed."""
-        return self.stack is not None and self.stack.collective
-
-    def __str__(self) -> str:
-        vitals = self.vitals
-        return (
-            f"rank {self.rank} (pid {self.pid}): process state {self.state or 'gone'}, "
-            f"no heartbeat for {self.silent:.1f} s, batch {vitals.received} begun, {vitals.finished} finished, "
-            f"{vitals.collectives} collectives issued"
-        )
 
 
 def find(group: Sequence[Signs], suspects: Sequence[int], seq: int, due: Cause) -> Cause:

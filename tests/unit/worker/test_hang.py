@@ -2,7 +2,8 @@ import pytest
 
 from minserve.wire.board import Vitals
 from minserve.worker.blame import Cause, What
-from minserve.worker.hang import Signs, find
+from minserve.worker.hang import find
+from minserve.worker.signs import Signs
 from minserve.worker.stacks import Stack
 
 OUTSIDE = Stack(
