@@ -155,8 +155,12 @@ class ChaosServer:
 
     def zombies(self) -> list[int]:
         """Children of the server that it has not reaped."""
-        children = psutil.Process(self.pid).children(recursive=True)
-        return [child.pid for child in children if child.status() == psutil.STATUS_ZOMBIE]
+        found = []
+        for child in psutil.Process(self.pid).children(recursive=True):
+            with contextlib.suppress(psutil.NoSuchProcess):  # it has been reaped just now
+                if child.status() == psutil.STATUS_ZOMBIE:
+                    found.append(child.pid)
+        return found
 
     def wait_until_alone(self, timeout: float, generation: int | None = None) -> list[psutil.Process]:
         """Waits until none of a server's processes is left; those that still are."""
