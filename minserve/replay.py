@@ -14,6 +14,7 @@ from minserve.recording import RecordingError
 from minserve.worker.devices import DeviceAllocator
 from minserve.worker.group import RankGroup
 from minserve.worker.guardian import Guardian
+from minserve.worker.reaper import Reaper
 from minserve.worker.runtime import RuntimeDirectory
 
 if TYPE_CHECKING:
@@ -60,9 +61,11 @@ class Replay:
         """
         runtime = RuntimeDirectory(self._environ)
         guardian = Guardian(runtime.path)
+        reaper = Reaper()  # what a rank leaves behind comes to us, and is killed with its group
         try:
             await self._run(runtime.new_model_directory(), batches)
         finally:
+            reaper.close()
             runtime.remove()
             guardian.dismiss()
 

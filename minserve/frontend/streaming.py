@@ -38,12 +38,12 @@ async def stream_reply(
     Args:
         stall_timeout: seconds for which the client may take no byte.
     """
-    response = web.StreamResponse(status=reply.status, reason=reply.reason or None, headers=headers)
-    if request.version >= HttpVersion11:
-        response.enable_chunked_encoding()
-    else:
-        response.force_close()  # to an HTTP/1.0 client the end of the connection is the end of the answer
-    try:
+    try:  # from the first line on: a stream that is not muted in the end would hold its ranks for ever
+        response = web.StreamResponse(status=reply.status, reason=reply.reason or None, headers=headers)
+        if request.version >= HttpVersion11:
+            response.enable_chunked_encoding()
+        else:
+            response.force_close()  # to an HTTP/1.0 client the end of the connection is the end of the answer
         with cast("Connection", request.protocol).streaming(stall_timeout):
             await response.prepare(request)
             while (chunk := await stream.next()) is not None:

@@ -6,6 +6,7 @@ batch's collectives, from the main thread, would pair up with it.
 
 from __future__ import annotations
 
+import os
 import sys
 import threading
 import time
@@ -26,8 +27,10 @@ _WAITING_IN = {
     ("threading.py", "join"),  # from Python 3.13 on
     ("concurrent/futures/thread.py", "_worker"),
 }
-# Threads of libraries, started with the first progress bar or compilation, that never end. They work for nobody's stream.
-_APART = ("/tqdm/_monitor.py", "/torch/_inductor/compile_worker/subproc_pool.py")
+# A thread of torch's, started with the first compilation, that never ends. It works for nobody's stream.
+_APART = ("/torch/_inductor/compile_worker/subproc_pool.py",)
+_STDLIB = os.path.dirname(threading.__file__) + os.sep
+_LIBRARIES = ("/site-packages/", "/dist-packages/")
 # A thread that waits in here for its grant is about to be told that it gets none.
 _OURS = "/minserve/rank/inbox.py"
 
@@ -65,7 +68,7 @@ def _places(others: Set[threading.Thread]) -> dict[threading.Thread, tuple[Frame
             continue
         if thread.ident is None:
             places[thread] = None
-        elif (frame := frames.get(thread.ident)) is not None and not _passes(frame, _APART):
+        elif (frame := frames.get(thread.ident)) is not None and not _is_a_librarys(frame):
             places[thread] = frame, frame.f_lasti
     return places
 
@@ -78,17 +81,34 @@ def _only_waits(place: tuple[FrameType, int] | None) -> bool:
     at_rest = any(
         frame.f_code.co_name == name and frame.f_code.co_filename.endswith(f"/{file}") for file, name in _WAITING_IN
     )
-    return at_rest and frame.f_locals.get("timeout") in (None, -1) and not _passes(frame, (_OURS,))
+    return at_rest and frame.f_locals.get("timeout") in (None, -1) and not _passes(frame, _OURS)
 
 
-def _passes(frame: FrameType, files: tuple[str, ...]) -> bool:
-    """Whether a call or one of its callers is in one of these files."""
+def _is_a_librarys(frame: FrameType) -> bool:
+    """Whether a thread is at a library's own affairs (a progress bar's monitor, an exporter of metrics), which never end.
+
+    That is: in code of an installed package, and neither in torch, which issues the collectives, nor in the handler's own.
+    """
+    files = _files(frame)
+    if any(file.endswith(_APART) for file in files):
+        return True
+    installed = [file for file in files if any(part in file for part in _LIBRARIES)]
+    own = [file for file in files if file not in installed and not file.startswith((_STDLIB, "<frozen "))]
+    return bool(installed) and not own and not any("/torch/" in file for file in installed)
+
+
+def _passes(frame: FrameType, file: str) -> bool:
+    """Whether a call or one of its callers is in this file."""
+    return any(name.endswith(file) for name in _files(frame))
+
+
+def _files(frame: FrameType) -> list[str]:
+    files = []
     caller: FrameType | None = frame
     while caller is not None:
-        if caller.f_code.co_filename.endswith(files):
-            return True
+        files.append(caller.f_code.co_filename)
         caller = caller.f_back
-    return False
+    return files
 
 
 def ignore_cancelled(cancelled: type[BaseException]) -> None:

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 
 SCHEMA = 1  # of an event as JSON; goes up when a field changes its meaning
 SIZE = 500  # events that a model keeps
+FROM_CLIENTS = 100  # of those that any client can cause, as many as it likes
 
 
 class EventKind(enum.StrEnum):
@@ -39,6 +40,9 @@ class EventKind(enum.StrEnum):
     RELOADED = "reloaded"
     RELOAD_FAILED = "reload-failed"
     STREAM_CANCELLED = "stream-cancelled"  # all clients of a stream have left, and the ranks were stopped in step
+
+
+_CLIENTS = frozenset({EventKind.HANDLER_ERROR, EventKind.STREAM_CANCELLED})
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,24 +74,27 @@ class EventLog:
     def __init__(self, model: str, size: int = SIZE, now: Callable[[], float] = time.time) -> None:
         self._model = model
         self._now = now
-        self._events: deque[Event] = deque(maxlen=size)
+        self._faults: deque[Event] = deque(maxlen=size)
+        self._from_clients: deque[Event] = deque(maxlen=FROM_CLIENTS)
 
     def record(
         self, kind: EventKind, detail: str, worker: int | None = None, rank: int | None = None, pid: int = 0
     ) -> None:
         """Adds an event. One like the latest takes its place and counts.
 
-        A handler's errors are alike whatever they say: a client's bad requests must not push a death out of the ring.
+        A handler's errors are alike whatever they say. What clients cause has a ring of its own, and pushes no death out.
         """
         event = Event(self._now(), self._model, kind, detail, worker, rank, pid)
-        if self._events:
-            latest = self._events[-1]
+        events = self._from_clients if kind in _CLIENTS else self._faults
+        if events:
+            latest = events[-1]
             same_detail = detail == latest.detail or kind is EventKind.HANDLER_ERROR
             if same_detail and replace(latest, at=event.at, detail=detail, count=1) == event:
                 event = replace(event, count=latest.count + 1)
-                self._events.pop()
-        self._events.append(event)
+                events.pop()
+        events.append(event)
 
     def latest(self, most: int = SIZE) -> list[Event]:
         """The last `most` events, oldest first."""
-        return list(self._events)[-most:] if most > 0 else []
+        events = sorted((*self._faults, *self._from_clients), key=lambda event: event.at)
+        return events[-most:] if most > 0 else []

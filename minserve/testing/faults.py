@@ -20,7 +20,7 @@ FAULTS: Mapping[str, Fault] = {
     "kill": Fault(signal.SIGKILL),
     "terminate": Fault(signal.SIGTERM),
     "crash": Fault(signal.SIGSEGV),
-    "stop": Fault(signal.SIGSTOP, lethal=False),  # minserve finds it after stallTimeout, when a batch waits for it
+    "stop": Fault(signal.SIGSTOP, lethal=False),  # minserve finds it after stallTimeout
     "resume": Fault(signal.SIGCONT, lethal=False),
     "kill-torchrun": Fault(signal.SIGKILL, torchrun=True),
 }

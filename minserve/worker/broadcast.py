@@ -58,6 +58,7 @@ class Broadcast:
 
     Attributes:
         batches_done: without probes.
+        first_seq: of the first batch that is no probe; 0 before it.
         recorder: told of each batch as it goes out, and how it ended; None as long as nobody asks for a recording.
         replied: seq of the last batch that rank 0 is through with.
     """
@@ -93,6 +94,7 @@ class Broadcast:
         self._continued: deque[tuple[int, str, str]] = deque(maxlen=64)
         self._crowded_until = math.inf  # how long it is borne that a link has no room
         self.batches_done = 0
+        self.first_seq = 0
         self.recorder: Recorder | None = None
         self.replied = 0
 
@@ -127,6 +129,7 @@ class Broadcast:
         for request in requests:
             request.worker = self._who
         self._write(pieces, requests)  # only now: a batch that cannot be encoded must not leave a gap in the numbers
+        self.first_seq = self.first_seq or self._seq
         if self.recorder is not None:
             self.recorder.batch(self._seq, requests)
 
@@ -143,16 +146,24 @@ class Broadcast:
         self._seq += 1
         for link in self._links:  # no await here, ever: this loop is what makes the order common to all ranks
             link.write(pieces)
-        limit = self._limits.response_timeout if self.batches_done else self._limits.first_batch_timeout
+        limit = self._limit()
         # A batch behind others counts from when it becomes the oldest, see _finish.
         due = self._clock.time() + limit if not self._outstanding else math.inf
         self._outstanding[self._seq] = Outstanding(self._seq, requests, limit, due, self._limits.stream_ahead)
         self._due_alarm.at(due)
 
+    def _limit(self) -> float:
+        return self._limits.response_timeout if self.batches_done else self._limits.first_batch_timeout
+
     @property
     def busy(self) -> bool:
-        """Whether a batch is under way."""
+        """Whether a batch or a probe is under way."""
         return bool(self._outstanding)
+
+    @property
+    def working(self) -> bool:
+        """Whether a batch is under way that somebody has asked for."""
+        return any(batch.requests for batch in self._outstanding.values())
 
     def fail_all(self, error: MinServeError) -> None:
         """Hands back every request in flight; the group is gone."""
@@ -198,15 +209,18 @@ class Broadcast:
         elif frame.kind is Kind.CHUNK:
             self._chunk(batch, frame)
         elif self._limits.reply_after_all or not batch.requests:  # a probe is over when all ranks are through
-            batch.held = frame
+            batch.held = self._whole_answers(batch, frame)  # looked at now, while it is clear whose it is
             self._done(link, batch)
         else:
-            self._reply(batch, frame)
+            self._reply(batch, self._whole_answers(batch, frame))
 
-    def _reply(self, batch: Outstanding, frame: Frame) -> None:
+    def _whole_answers(self, batch: Outstanding, frame: Frame) -> list[tuple[Answer, Buffer]]:
         answers = self._answers(batch, unpack(Answers, frame.meta).answers, frame)
         if len(answers) != len(batch.requests):
             raise WireError(f"REPLY with {len(answers)} answers to a batch of {len(batch.requests)}")
+        return answers
+
+    def _reply(self, batch: Outstanding, answers: list[tuple[Answer, Buffer]]) -> None:
         if batch.failures:  # another rank has raised, or was cancelled
             self._out_of_step(batch)
             return
@@ -255,9 +269,8 @@ class Broadcast:
         if self.recorder is not None:
             self.recorder.ended(batch.seq, batch.error)
         if batch.cancelled:
-            detail = (
-                f"{self._who}: batch {batch.seq} ended at step {batch.granted}: every client of its stream had left"
-            )
+            told = f"it was told to end behind step {batch.granted}"
+            detail = f"{self._who}: every client of the stream in batch {batch.seq} has left; {told}"
             self._on_event(EventKind.STREAM_CANCELLED, detail, 0, self._links[0].pid)
         if batch.on_passed is not None:
             batch.on_passed()
@@ -265,7 +278,7 @@ class Broadcast:
         self.batches_done += bool(batch.requests)
         if self._outstanding:
             oldest = next(iter(self._outstanding.values()))
-            oldest.limit = self._limits.response_timeout
+            oldest.limit = self._limit()
             oldest.due = min(oldest.due, self._clock.time() + oldest.limit)
             self._due_alarm.at(oldest.due)
         self._on_free()

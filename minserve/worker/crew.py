@@ -145,8 +145,13 @@ class Crew:
 
     async def stop(self, drain_timeout: float) -> None:
         """Ends all of them, and waits for that. Where it is cancelled `kill` does the rest."""
+        until = asyncio.get_running_loop().time() + drain_timeout
         await asyncio.gather(*(_end(keeper, drain_timeout) for keeper in [*self.in_charge, *self.on_trial]))
-        await self.settled()
+        try:
+            async with asyncio.timeout_at(until):  # those that leave already had been promised more
+                await self.settled()
+        except TimeoutError:
+            await self.kill()
 
     async def kill(self) -> None:
         """Ends all of them at once."""

@@ -100,6 +100,7 @@ class RankGroup:
         self._out_of_memory = OutOfMemory(self._loop)
         self._watchdog: Watchdog | None = None
         self._broadcast: Broadcast | None = None
+        self._kill: asyncio.Task[None] | None = None
         self.agent_pid = 0
         self.failed: asyncio.Future[WorkerFailed] = self._loop.create_future()
         self.cause: Cause | None = None
@@ -253,8 +254,8 @@ class RankGroup:
 
     @property
     def busy(self) -> bool:
-        """Whether a batch is under way."""
-        return self._broadcast is not None and self._broadcast.busy
+        """Whether a batch is under way that somebody has asked for."""
+        return self._broadcast is not None and self._broadcast.working
 
     @property
     def through(self) -> bool:
@@ -281,7 +282,12 @@ class RankGroup:
         await self.kill()
 
     async def kill(self) -> None:
-        """Kills every process, answers what is in flight, and leaves nothing behind. May be called at any time."""
+        """Kills every process, answers what is in flight, leaves nothing behind. May be called at any time, also again."""
+        if self._kill is None:
+            self._kill = self._loop.create_task(self._kill_all())
+        await asyncio.shield(self._kill)
+
+    async def _kill_all(self) -> None:
         self._verdict.close()
         self._out_of_memory.close()
         if self._watchdog is not None:

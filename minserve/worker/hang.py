@@ -11,14 +11,13 @@ from typing import TYPE_CHECKING
 
 from minserve.wire.board import HEARTBEAT_S
 from minserve.worker.blame import Cause, What
+from minserve.worker.processes import IN_THE_KERNEL, STOPPED
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
     from minserve.worker.signs import Signs
 
-STOPPED = frozenset("Tt")  # process states: proc(5)
-IN_THE_KERNEL = "D"
 # A heartbeat that stands still for so long when somebody looks is no accident of scheduling.
 SILENT_S = 8 * HEARTBEAT_S
 

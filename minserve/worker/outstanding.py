@@ -9,8 +9,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
     from minserve.dispatch.request import Request
-    from minserve.wire.frames import Frame
-    from minserve.wire.messages import Buffer, Failure
+    from minserve.wire.messages import Answer, Buffer, Failure
     from minserve.worker.blame import Cause
 
 
@@ -72,7 +71,7 @@ class Outstanding:
     on_passed: Callable[[], None] | None = None
     failures: dict[int, Failure] = field(default_factory=dict)
     causes: list[Cause] = field(default_factory=list)
-    held: Frame | None = None
+    held: list[tuple[Answer, Buffer]] | None = None
     done: set[int] = field(default_factory=set)
 
     @property

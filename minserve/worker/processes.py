@@ -17,6 +17,8 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator
 
 _GET_INFO, _INFO_BYTES, _INFO_EXIT = 0xC040FF0B, 64, 8  # PIDFD_GET_INFO, PIDFD_INFO_SIZE_VER0, PIDFD_INFO_EXIT
+STOPPED = frozenset("Tt")  # by a signal, or by a debugger: proc(5)
+IN_THE_KERNEL = "D"
 ENDED = frozenset("ZX")  # states of a process that has not been reaped yet: proc(5)
 
 

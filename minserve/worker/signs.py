@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from minserve.worker import stacks
-from minserve.worker.processes import process_state
+from minserve.worker.processes import IN_THE_KERNEL, process_state
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -53,10 +53,14 @@ async def look(site: Site, pids: Mapping[int, int], silent: Sequence[float]) -> 
     Args:
         silent: seconds without a heartbeat, by rank; empty before anybody has counted them.
     """
+    before = {rank: process_state(pid) for rank, pid in pids.items()}
     found = await stacks.ask(site.path, pids)
     if site.board is None:
         return []
-    return [
-        Signs(rank, pid, process_state(pid), silent[rank] if silent else 0.0, site.board.read(rank), found.get(rank))
-        for rank, pid in sorted(pids.items())
-    ]
+    signs = []
+    for rank, pid in sorted(pids.items()):
+        state = process_state(pid)
+        if state == IN_THE_KERNEL != before[rank]:
+            state = before[rank]  # for a moment, as any process is now and then
+        signs.append(Signs(rank, pid, state, silent[rank] if silent else 0.0, site.board.read(rank), found.get(rank)))
+    return signs

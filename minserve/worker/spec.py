@@ -23,7 +23,6 @@ class ModelSpec:
         world_size: ranks of one worker.
         response_timeout, startup_timeout: seconds; the YAML's, else the server's.
         queue_limit: most requests that wait.
-        batch_size: most requests in a batch.
         debug: whether the ranks log at DEBUG.
     """
 

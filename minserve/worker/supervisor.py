@@ -114,10 +114,10 @@ class Supervisor:
     @property
     def not_ready(self) -> str | None:
         """Why no worker takes batches just now; None while one does."""
-        if self._crew.serving:
-            return None
         if self._verdict is not None:
             return str(self._verdict)
+        if self._crew.serving:
+            return None
         workers = [
             f"{self._spec.name}/{report.number} is {report.state}"
             + (f", its last error was: {report.last_error}" if report.last_error else "")
@@ -142,6 +142,15 @@ class Supervisor:
             self._crew.let_go(keeper, 0.0)
             self._scaled(f"{keeper.worker.who} is dropped: {error}; next try in {self._scaler.failed():g} s")
 
+    def _revive(self) -> bool:
+        """A worker serves again, whatever was said before. Returns whether the model had been given up."""
+        if self._verdict is None:
+            return False
+        self._verdict = None
+        self._dispatcher.admit()
+        self._events.record(EventKind.REVIVED, "a new worker is ready")
+        return True
+
     def _condemn(self, error: WorkerFailed) -> None:
         self._verdict = error
         self._dispatcher.refuse(ModelUnhealthy(f'Model "{self._spec.name}" is unhealthy: {error}'))
@@ -160,7 +169,7 @@ class Supervisor:
 
     async def _start_others(self, spec: ModelSpec, count: int) -> None:
         crew, scaler = self._crew, _scaler(spec, count)
-        drain_timeout = self._spec.config.minserve.drain_timeout
+        drain_timeout = _drain_timeout(self._spec)
         await crew.settled()  # those that leave may hold devices
         before = len(crew.in_charge)
         wanted = max(count, min(before, scaler.most))  # the load that has needed so many goes on
@@ -185,11 +194,10 @@ class Supervisor:
         config = spec.config
         retries = config.minserve.retry_in_flight
         self._dispatcher.configure(config.batch_size, config.max_batch_delay / 1000, spec.queue_limit, retries)
-        self._dispatcher.admit()
         crew.take_over(others)
-        revived, self._verdict = self._verdict is not None, None
         self._spec, self._scaler = spec, scaler
-        self._events.record(EventKind.REVIVED if revived else EventKind.RELOADED, f"with {wanted} new workers")
+        if not self._revive():
+            self._events.record(EventKind.RELOADED, f"with {wanted} new workers")
 
     def _dismiss_all(self, drain_timeout: float) -> None:
         for keeper in list(self._crew.in_charge):
@@ -219,7 +227,7 @@ class Supervisor:
         elif decision is Scale.DOWN:
             longest = max(idle)
             keeper = keepers[idle.index(longest)]
-            self._crew.let_go(keeper, self._spec.config.minserve.drain_timeout)
+            self._crew.let_go(keeper, _drain_timeout(self._spec))
             self._scaled(f"{len(keepers)} → {len(keepers) - 1} workers: {keeper.worker.who} idle for {longest:.0f} s")
 
     async def _add(self, workers: int) -> None:
@@ -232,6 +240,7 @@ class Supervisor:
             return
         self._scaler.succeeded()
         self._crew.take_over(added)
+        self._revive()
         self._scaled(f"{workers} → {workers + 1} workers: a request had waited for {waited:.1f} s")
 
     def _scaled(self, detail: str) -> None:
@@ -244,6 +253,11 @@ def _scaler(spec: ModelSpec, count: int) -> Scaler:
     up_wait = config.minserve.scale_up_wait + config.max_batch_delay / 1000  # to wait for company is no sign of load
     most = config.max_workers_or(count)
     return Scaler(asyncio.get_running_loop(), count, most, up_wait, config.minserve.scale_down_idle)
+
+
+def _drain_timeout(spec: ModelSpec) -> float:
+    """Seconds for what a worker has in flight when another one serves on: as long as any batch may take."""
+    return max(spec.config.minserve.drain_timeout, spec.response_timeout)
 
 
 def _one_at_a_time(*specs: ModelSpec) -> bool:

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Protocol
 
 from minserve.dispatch.clock import Alarm
 from minserve.worker.blame import Cause, What
+from minserve.worker.processes import STOPPED, process_state
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -26,10 +27,11 @@ class Watched(Protocol):
     """What the watchdog needs of the broadcast."""
 
     batches_done: int
+    first_seq: int
 
     @property
     def busy(self) -> bool:
-        """Whether a batch is under way."""
+        """Whether a batch or a probe is under way."""
 
     @property
     def replied(self) -> int:
@@ -50,9 +52,9 @@ class Watchdog:
 
     Args:
         read: a rank's slot on the board.
-        state: a process's state, one letter.
-        probe_interval: seconds of idling after which a probe is sent; 0 is never.
         on_suspect: called with what was noticed and the batch that it is about.
+        probe_interval: seconds of idling after which a probe is sent; 0 is never.
+        state: a process's state, one letter.
 
     Attributes:
         silent: seconds since each rank's last heartbeat was seen, by rank.
@@ -67,6 +69,7 @@ class Watchdog:
         read: Callable[[int], Vitals],
         on_suspect: Callable[[Cause, int], None],
         probe_interval: float = 0.0,
+        state: Callable[[int], str] = process_state,
     ) -> None:
         self._clock = clock
         self._links = links
@@ -75,9 +78,11 @@ class Watchdog:
         self._read = read
         self._on_suspect = on_suspect
         self._probe_interval = probe_interval
+        self._state = state
         self._alarm = Alarm(clock, self._look)
         self._looked_at = clock.time()
         self._heartbeats = [0] * len(links)
+        self._compiles = [False] * len(links)
         self.silent = [0.0] * len(links)
         # When rank 0 was seen to be through with which batch, oldest first: until every rank is.
         self._trail: deque[tuple[float, int]] = deque()
@@ -105,17 +110,19 @@ class Watchdog:
         self._probe_if_idle(now)
 
     def _stalled(self, vitals: Sequence[Vitals], passed: float, now: float) -> tuple[Cause, int] | None:
-        """A rank without a heartbeat for stallTimeout; not in the first batch, which may compile."""
+        """A rank without a heartbeat for stallTimeout.
+
+        In its first batch a rank may compile, and hold the GIL for as long as that takes; it is not stopped then.
+        """
         limit = self._limits.stall_timeout or math.inf
-        if self._broadcast.busy and not self._broadcast.batches_done:
-            limit = math.inf
         for index, vital in enumerate(vitals):
-            if vital.heartbeat != self._heartbeats[index]:
+            compiled, self._compiles[index] = self._compiles[index], vital.finished < self._broadcast.first_seq
+            if vital.heartbeat != self._heartbeats[index] or (compiled and not self._compiles[index]):
                 self._heartbeats[index], self.silent[index] = vital.heartbeat, 0.0
             else:
                 self.silent[index] += passed
-        for link, silent in zip(self._links, self.silent, strict=True):
-            if silent >= limit:
+        for index, (link, silent) in enumerate(zip(self._links, self.silent, strict=True)):
+            if silent >= limit and (not self._compiles[index] or self._state(link.pid) in STOPPED):
                 text = f"gave no sign of life for stallTimeout ({limit:g} s)"
                 return Cause(What.STALL, link.rank, link.pid, text, now), self._broadcast.replied + self._broadcast.busy
         return None
@@ -128,8 +135,8 @@ class Watchdog:
         finished = min(vital.finished for vital in vitals)
         while self._trail and self._trail[0][1] <= finished:
             self._trail.popleft()
-        # The first batch of all may compile, on each rank by itself.
-        limit = self._limits.response_timeout if finished else self._limits.first_batch_timeout
+        compiles = finished < self._broadcast.first_seq  # on each rank by itself
+        limit = self._limits.first_batch_timeout if compiles else self._limits.response_timeout
         if not self._trail or now - self._trail[0][0] < limit:
             return None
         link, vital = min(zip(self._links, vitals, strict=True), key=lambda pair: pair[1].finished)

@@ -224,6 +224,8 @@ class Worker:
         try:
             if self._on(Trigger.DRAIN) and self._group is not None:
                 await self._drain(self._group, drain_timeout)
+                if self._group.failed.done():
+                    self._tell(self._group.failed.result())
                 await self._group.end(self._spec.config.minserve.exit_timeout)
         finally:
             await self.kill()
@@ -325,15 +327,18 @@ class Worker:
     async def _fail(self, error: WorkerFailed) -> None:
         self.retire()
         self._served = self._group is not None and self._group.served
-        self._last_error, self._last_error_at = error, time.time()
-        self._record(error, self._group.cause if self._group is not None else None)
-        logger.error("%s%s", error, "".join(f"\n    {line}" for line in error.last_lines))
+        self._tell(error)
         self._on(Trigger.FAIL)  # before the kill: nobody shall take it for READY meanwhile
         await self._end_group()
 
+    def _tell(self, error: WorkerFailed) -> None:
+        self._last_error, self._last_error_at = error, time.time()
+        self._record(error, self._group.cause if self._group is not None else None)
+        logger.error("%s%s", error, "".join(f"\n    {line}" for line in error.last_lines))
+
     def _record(self, error: WorkerFailed, cause: Cause | None) -> None:
         """One event for one fault."""
-        starts = self._state is not State.READY
+        starts = self._state in (State.STARTING, State.CONNECTING, State.LOADING)
         if cause is None or (starts and cause.what in (What.EXCEPTION, What.COLLECTIVE, What.SILENCE)):
             kind = EventKind.START_FAILED
         elif cause.what is What.DEATH and cause.rank == AGENT:

@@ -187,13 +187,32 @@ def test_a_pools_idle_workers_are_not_waited_for(looks: Looks) -> None:
         threads.wait_for_end(others)  # or it never returns
 
 
-@pytest.mark.parametrize("file", ["/env/tqdm/_monitor.py", "/env/torch/_inductor/compile_worker/subproc_pool.py"])
-def test_a_librarys_endless_thread_is_not_waited_for(looks: Looks, file: str) -> None:
+def endless(file: str) -> tuple[Callable[[], object], Callable[[], object]]:
+    """A function of that file which waits, with a limit, again and again; and what ends it."""
     over = threading.Event()
     module: dict[str, object] = {"over": over}
     exec(compile("def run():\n    while not over.wait(0.01): pass", file, "exec"), module)
     run: Callable[[], object] = module["run"]  # type: ignore[assignment]  # what `exec` has put there
-    assert is_left_alone(looks, run, over.set)
+    return run, over.set
+
+
+@pytest.mark.parametrize(
+    "file",
+    [
+        "/env/site-packages/tqdm/_monitor.py",
+        "/usr/lib/python3/dist-packages/exporter/loop.py",
+        "/env/site-packages/torch/_inductor/compile_worker/subproc_pool.py",
+    ],
+)
+def test_a_librarys_endless_thread_is_not_waited_for(looks: Looks, file: str) -> None:
+    assert is_left_alone(looks, *endless(file))
+
+
+@pytest.mark.parametrize(
+    "file", ["/env/site-packages/torch/distributed/engine.py", "/models/m/handler.py", "/models/m/site/engine.py"]
+)
+def test_one_of_torchs_or_of_the_handlers_own_is(looks: Looks, file: str) -> None:
+    assert is_waited_for(looks, *endless(file))
 
 
 def test_a_thread_that_is_only_about_to_begin_is_waited_for(looks: Looks, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import pytest
 
-from minserve.telemetry.events import EventKind, EventLog
+from minserve.telemetry.events import FROM_CLIENTS, EventKind, EventLog
 
 
 class Now:
@@ -49,3 +49,17 @@ def test_errors_of_a_handler_are_alike_whatever_they_say(log: EventLog) -> None:
     died, error = log.latest()
     assert died.kind is EventKind.RANK_DIED
     assert (error.count, error.detail) == (10, "ValueError: bad input 9")
+
+
+def test_what_clients_cause_pushes_no_fault_out() -> None:
+    clock = iter(range(10_000))
+    log = EventLog("m", now=lambda: float(next(clock)))
+    log.record(EventKind.RANK_DIED, "m/0: rank 1 died", 0, 1, 77)
+    for number in range(1000):
+        log.record(EventKind.STREAM_CANCELLED, f"batch {number}", number % 2)
+        log.record(EventKind.HANDLER_ERROR, f"bad request {number}", number % 2)
+    log.record(EventKind.READY, "ready", 0)
+    events = log.latest()
+    assert (events[0].kind, events[-1].kind) == (EventKind.RANK_DIED, EventKind.READY)
+    assert len(events) == 2 + FROM_CLIENTS
+    assert [event.at for event in events] == sorted(event.at for event in events)

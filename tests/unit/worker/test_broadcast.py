@@ -672,3 +672,33 @@ async def test_chunks_that_skip_back_or_go_beyond_the_grant_break_the_protocol()
         group.chunk(1, (0, b"c"), step=1)
         with pytest.raises(WireError, match=f"CHUNK of step {step} behind step 1, with 4 granted"):
             group.receive(0, frame_of(pack_with_body(Kind.CHUNK, Answers((Answer(0, 1),), step), [b"c"], 1)))
+
+
+# ── the first batch ──
+
+
+async def test_a_first_batch_behind_a_probe_has_its_own_limit_all_the_same() -> None:
+    group = Group(in_flight=2)
+    group.broadcast.probe()
+    group.send(b"x")
+    assert (group.broadcast.first_seq, group.broadcast.working) == (2, True)
+    group.reply(1)
+    group.done(1, 1)
+    group.clock.advance(FIRST - 0.1)
+    assert group.broken == []
+    group.clock.advance(0.2)
+    assert [cause.detail for cause in group.broken] == ["did not finish batch 2 within 50 s"]
+
+
+async def test_a_probe_is_no_work() -> None:
+    group = Group()
+    group.broadcast.probe()
+    assert (group.broadcast.busy, group.broadcast.working) == (True, False)
+
+
+async def test_an_answer_that_is_held_is_judged_when_it_comes() -> None:
+    """Later it would be another rank's DONE that brings the error, and that rank that is blamed."""
+    group = Group(reply_after_all=True)
+    group.send(b"x")
+    with pytest.raises(WireError, match=r"REPLY answers requests \[0, 1\] of a batch of 1"):
+        group.reply(1, b"a", b"b")

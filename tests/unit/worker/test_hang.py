@@ -7,9 +7,6 @@ from minserve.worker.signs import Signs
 from minserve.worker.stacks import Stack
 
 OUTSIDE = Stack(
-    "Thread 0x0001 (most recent call first):\n"
-    '  File "/minserve/rank/vitals.py", line 30 in _beat\n'
-    "\n"
     "Current thread 0x0002 (most recent call first):\n"
     '  File "/models/m/handler.py", line 12 in spin\n'
     '  File "/models/m/handler.py", line 5 in handle\n'

@@ -45,6 +45,7 @@ def test_a_process_tells_where_it_is_whatever_it_does(tmp_path: Path, body: str)
             assert list(stacks) == [1]
             assert "in deep" in stacks[1].text
             assert stacks[1].text.count("most recent call first") == 1
+            assert "in <module>" in stacks[1].text, "all of it has come"
             assert not stacks[1].collective
 
 
@@ -69,10 +70,6 @@ def test_the_place_is_the_main_threads_which_comes_last() -> None:
     stack = Stack(
         "Thread 0x1 (most recent call first):\n"
         '  File "/a/pool.py", line 3 in worker\n'
-        "\n"
-        "Thread 0x2 (most recent call first):\n"
-        '  File "/site/minserve/rank/process.py", line 3 in watch\n'
-        '  File "/lib/threading.py", line 900 in run\n'
         "\n"
         "Current thread 0x3 (most recent call first):\n"
         '  File "/usr/lib/python3.13/re/__init__.py", line 166 in match\n'

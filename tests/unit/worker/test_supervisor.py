@@ -74,6 +74,28 @@ async def test_while_one_worker_may_serve_the_model_is_not_unhealthy() -> None:
     await house.supervisor.stop(1)
 
 
+@in_fake_time
+async def test_a_worker_that_is_added_revives_a_model_that_was_given_up_meanwhile() -> None:
+    FakeGroup.load_seconds = 5.0
+    house = await started(House(elastic(torchrun={"max_restarts": 0})))
+    await asyncio.sleep(6)
+    clients = [house.submit(), house.submit()]
+    await asyncio.sleep(4)
+    assert house.states == "0:BUSY 1:LOADING"
+    FakeGroup.made[0].fail(WorkerFailed("m/0: rank 1 died"))
+    await settle()
+    assert house.not_ready() == house.unhealthy() == "m/0: rank 1 died"
+    for client in clients:
+        with pytest.raises((WorkerFailed, ModelUnhealthy)):
+            await client
+    await asyncio.sleep(5)
+    assert house.unhealthy() is None
+    assert house.not_ready() is None
+    assert house.kinds()[-2:] == [EventKind.REVIVED, EventKind.SCALED]
+    assert await answered(house.submit()) == b"ok"
+    await house.supervisor.stop(1)
+
+
 # ── the end ──
 
 
@@ -557,3 +579,20 @@ async def test_two_models_share_one_account_of_devices() -> None:
     assert "n/0 needs 2 device(s), 0 of 2 are free; m/0 owns 0, 1" in str(second.not_ready())
     await first.supervisor.stop(1)
     await second.supervisor.stop(1)
+
+
+@in_fake_time
+async def test_a_stop_gives_a_worker_that_leaves_already_no_longer_than_the_others() -> None:
+    """On a reload it may take as long as any batch may."""
+    house = await started(House(crew_spec()))
+    client = house.submit()
+    await settle()
+    await house.supervisor.replace(house.spec, 1)
+    assert house.states == "0:DRAINING 1:READY"
+    loop = asyncio.get_running_loop()
+    began = loop.time()
+    await house.supervisor.stop(3.0)
+    assert loop.time() - began == pytest.approx(3.0, abs=0.1)
+    with pytest.raises(WorkerFailed):
+        await client
+    assert FakeGroup.living() == []

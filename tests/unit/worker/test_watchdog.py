@@ -18,6 +18,8 @@ class Ranks:
         self.beating = set(range(count))
         self.busy = False
         self.batches_done = 1
+        self.first_seq = 0
+        self.states: dict[int, str] = {}
         self.replied = 0
         self.looks = 0
         self.probes: list[float] = []
@@ -27,6 +29,7 @@ class Ranks:
             *(self.clock, [MemoryLink(rank) for rank in range(count)], self),
             *(Limits(1, RESPONSE, FIRST, 2.0, stall_timeout=stall), self.read),
             *(lambda cause, seq: self.suspects.append((cause, seq)), probe_interval),
+            lambda pid: self.states.get(pid, "S"),
         )
 
     def read(self, rank: int) -> Vitals:
@@ -95,10 +98,37 @@ def test_stall_timeout_0_is_never() -> None:
 
 def test_the_first_batch_may_hold_the_gil_for_longer() -> None:
     ranks = Ranks()
-    ranks.batches_done, ranks.busy = 0, True
+    ranks.first_seq, ranks.busy = 2, True  # the first one was a probe
+    for rank in (0, 1):
+        ranks.finished(rank, 1)
     ranks.beating.clear()
     ranks.clock.advance(5 * STALL)
     assert ranks.suspects == []
+
+
+def test_each_rank_may_do_so_in_its_own_first_batch_and_begins_anew_behind_it() -> None:
+    ranks = Ranks()
+    ranks.first_seq, ranks.busy = 1, True
+    ranks.beating.clear()
+    ranks.clock.advance(2 * STALL)
+    ranks.finished(0, 1)
+    ranks.busy, ranks.replied = False, 1  # rank 0 has answered; rank 1 still compiles
+    ranks.beating = {0}
+    ranks.clock.advance(2 * STALL)
+    ranks.finished(1, 1)
+    ranks.clock.advance(STALL)
+    assert ranks.suspects == []
+    ranks.clock.advance(2 * LOOK_S)
+    assert [cause.rank for cause, _ in ranks.suspects] == [1]
+
+
+def test_but_a_rank_that_is_stopped_does_not_compile() -> None:
+    ranks = Ranks()
+    ranks.first_seq, ranks.busy = 1, True
+    ranks.beating.clear()
+    ranks.states = {4001: "T"}
+    ranks.clock.advance(STALL + 2 * LOOK_S)
+    assert [(cause.what, cause.rank) for cause, _ in ranks.suspects] == [(What.STALL, 1)]
 
 
 def test_a_server_that_was_stopped_itself_blames_no_rank() -> None:
@@ -141,8 +171,9 @@ def test_a_rank_that_is_always_a_little_behind_is_left_alone() -> None:
 
 def test_on_its_first_batch_a_rank_may_compile_for_longer() -> None:
     ranks = Ranks()
-    ranks.replied = 1
-    ranks.finished(0, 1)
+    ranks.replied = ranks.first_seq = 2
+    ranks.finished(0, 2)
+    ranks.finished(1, 1)  # a probe
     ranks.clock.advance(FIRST)
     assert ranks.suspects == []
     ranks.clock.advance(2 * LOOK_S)

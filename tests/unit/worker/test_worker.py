@@ -348,3 +348,19 @@ async def test_one_fault_is_one_event_that_names_rank_and_pid(
     (event,) = setup.events.latest()
     assert (event.kind, event.worker, event.rank, event.pid, event.detail) == (kind, 0, rank, 4713, "m/0: did it")
     await worker.stop(0)
+
+
+async def test_a_fault_while_it_drains_is_an_event_too() -> None:
+    FakeGroup.causes = {"m/0": Cause(What.DEATH, 1, 4713, "was killed by SIGKILL", 0.0, -9)}
+    setup = Setup()
+    await setup.start()
+    client = await setup.make_busy()
+    stop = asyncio.create_task(setup.worker.stop(30))
+    await until(lambda: setup.state() is State.DRAINING)
+    setup.group.fail(WorkerFailed("m/0: rank 1 (pid 4713) was killed by SIGKILL"))
+    await stop
+    with pytest.raises(WorkerFailed):
+        await client
+    (event,) = setup.events.latest()
+    assert (event.kind, event.rank) == (EventKind.RANK_DIED, 1)
+    assert "SIGKILL" in setup.worker.report().last_error
