@@ -588,6 +588,7 @@ async def test_a_stop_gives_a_worker_that_leaves_already_no_longer_than_the_othe
     client = house.submit()
     await settle()
     await house.supervisor.replace(house.spec, 1)
+    await settle()
     assert house.states == "0:DRAINING 1:READY"
     loop = asyncio.get_running_loop()
     began = loop.time()
