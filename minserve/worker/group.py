@@ -17,7 +17,7 @@ from minserve.wire.frames import Kind
 from minserve.wire.messages import Failure, Load, Loaded, Progress, Shutdown, pack, pack_with_body, unpack
 from minserve.worker import hang, launcher
 from minserve.worker.acceptor import Acceptor, Expected
-from minserve.worker.blame import AGENT, SOCKET_GATHER_S, Cause, What, describe_exit
+from minserve.worker.blame import AGENT, DEATH_GATHER_S, SOCKET_GATHER_S, Cause, What, describe_exit
 from minserve.worker.broadcast import Broadcast
 from minserve.worker.link import Link
 from minserve.worker.oom import OutOfMemory
@@ -48,6 +48,7 @@ T = TypeVar("T")
 
 EXIT_OUT_OF_MEMORY = 137  # 128 + SIGKILL: how a shell, and so a container, tells of the kernel's out-of-memory killer
 GONE_S = 5.0  # after SIGKILL; only a process stuck in the kernel takes longer
+REPORT_GATHER_S = 5.0  # in which torchrun, which ends soon after one of its ranks, has told of the first that ended
 
 
 class RankGroup:
@@ -358,10 +359,16 @@ class RankGroup:
     def _rank_exited(self, rank: int, pid: int, code: int | None) -> None:
         cause = Cause(What.DEATH, rank, pid, describe_exit(code), self._loop.time(), code)
         # SIGKILL may be the agent's death signal, and then the agent's own end is a moment away.
-        self._verdict.suspect(cause, final=not cause.is_consequence and (rank == AGENT or code != -signal.SIGKILL))
+        final = not cause.is_consequence and (rank == AGENT or code != -signal.SIGKILL)
+        # A rank that has not come yet may have ended first, and only torchrun has seen it.
+        unseen = rank != AGENT and len(self.pids) < self._spec.world_size
+        gather = REPORT_GATHER_S if unseen else DEATH_GATHER_S
+        self._verdict.suspect(cause, final=final, gather=gather)
 
     def _agent_exited(self, code: int | None) -> None:
         self._process.wait()  # it is a zombie now, so this does not block
+        if len(self.pids) < self._spec.world_size and (first := self._site.first_failure()):
+            self._rank_exited(first.rank, first.pid, first.code)
         self._rank_exited(AGENT if self._spec.config.is_parallel else 0, self.agent_pid, code)
 
     def _load_failed(self, link: Link, failure: Failure) -> None:

@@ -32,18 +32,19 @@ class Output:
     Args:
         fd: the non-blocking read end; closed with the output.
         who: stands in front of each line: "model/worker rank 1".
+        keep: how many lines `tail` holds.
 
     Attributes:
         tail: the last lines.
         level: the log level of the lines.
     """
 
-    def __init__(self, fd: int, who: str) -> None:
+    def __init__(self, fd: int, who: str, keep: int = TAIL_LINES) -> None:
         self._fd = fd
         self._who = who
         self._rest = b""
         self.level = logging.INFO
-        self.tail: deque[str] = deque(maxlen=TAIL_LINES)
+        self.tail: deque[str] = deque(maxlen=keep)
         self._loop = asyncio.get_running_loop()
         self._pause: asyncio.TimerHandle | None = None
         self._loop.add_reader(fd, self._readable)

@@ -8,14 +8,16 @@ from typing import TYPE_CHECKING
 
 from minserve.wire.board import Board
 from minserve.worker import endpoints as addressing
+from minserve.worker.agent_report import REPORT_LINES, before_report, first_failure
 from minserve.worker.blame import AGENT
-from minserve.worker.output import Output, open_fifo
+from minserve.worker.output import TAIL_LINES, Output, open_fifo
 
 if TYPE_CHECKING:
     import socket
     from collections.abc import Iterable
     from pathlib import Path
 
+    from minserve.worker.agent_report import FirstFailure
     from minserve.worker.endpoints import Endpoints
     from minserve.worker.spec import ModelSpec
 
@@ -68,14 +70,23 @@ class Site:
 
     def read_agent(self, pipe: int) -> None:
         """From now on torchrun's output is read, too: from a duplicate of its pipe."""
-        self.outputs[AGENT] = Output(os.dup(pipe), f"{self._who} torchrun")
+        self.outputs[AGENT] = Output(os.dup(pipe), f"{self._who} torchrun", TAIL_LINES + REPORT_LINES)
 
     def last_lines(self, ranks: Iterable[int]) -> tuple[str, ...]:
-        """The last lines that these have printed."""
-        outputs = [self.outputs[rank] for rank in ranks if rank in self.outputs]
-        for output in outputs:
-            output.catch_up()  # a death may be seen before the last words
-        return tuple(line for output in outputs for line in output.tail)
+        """The last lines that these have printed. AGENT's are those before its report of a failure."""
+        tails = [(rank, self._tail(rank)) for rank in ranks if rank in self.outputs]
+        return tuple(
+            line for rank, tail in tails for line in (before_report(tail)[-TAIL_LINES:] if rank == AGENT else tail)
+        )
+
+    def first_failure(self) -> FirstFailure | None:
+        """The rank that ended first, as torchrun, which has ended itself, reports it."""
+        return first_failure(self._tail(AGENT))
+
+    def _tail(self, rank: int) -> list[str]:
+        output = self.outputs[rank]
+        output.catch_up()  # a death may be seen before the last words
+        return list(output.tail)
 
     def close(self) -> None:
         """Closes and removes everything. What the ranks have printed last is still read."""

@@ -1,4 +1,5 @@
 import contextlib
+import re
 import socket
 import threading
 from collections.abc import Iterator
@@ -6,6 +7,18 @@ from collections.abc import Iterator
 import pytest
 
 from minserve.testing.answers import Answer, Body, StreamBroken, StreamRefused, call, encode, stream
+
+
+def read_request(connection: socket.socket) -> bytes:
+    """All of it: to hang up with bytes unread would reset the connection, and the client would lose the answer."""
+    data = b""
+    while b"\r\n\r\n" not in data:
+        data += connection.recv(65536)
+    length = re.search(rb"content-length: (\d+)", data, re.IGNORECASE)
+    body_at = data.index(b"\r\n\r\n") + 4
+    while length and len(data) < body_at + int(length[1]):
+        data += connection.recv(65536)
+    return data
 
 
 @contextlib.contextmanager
@@ -16,9 +29,7 @@ def answering(answer: bytes, asked: list[bytes] | None = None) -> Iterator[str]:
         def serve() -> None:
             connection, _ = listener.accept()
             with connection:
-                data = connection.recv(65536)
-                while not data.endswith((b"body", b"\r\n\r\n")):
-                    data += connection.recv(65536)
+                data = read_request(connection)
                 if asked is not None:
                     asked.append(data)
                 connection.sendall(answer)

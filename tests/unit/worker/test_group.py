@@ -43,9 +43,11 @@ from minserve.wire.messages import (
     unpack,
 )
 from minserve.worker import launcher
+from minserve.worker.blame import DEATH_GATHER_S
 from minserve.worker.devices import Devices
 from minserve.worker.group import RankGroup
 from minserve.worker.launcher import Launch
+from tests.unit.worker.agents import torchrun_says
 from tests.unit.worker.specs import make_spec, model_config, until
 
 pytestmark = pytest.mark.asyncio
@@ -274,6 +276,38 @@ async def test_an_agent_that_dies_ends_the_wait_for_the_ranks(
         await group.connect(30)
     assert str(caught.value) == f"m/0: torchrun (pid {group.agent_pid}) {message}"
     assert caught.value.last_lines == ("bad option",)
+
+
+async def test_a_rank_that_ends_before_it_connects_is_named_with_its_lines(setup: Setup, tmp_path: Path) -> None:
+    said = tmp_path / "said"
+    said.write_text("no libcuda.so for me\n" + torchrun_says({1: 7, 0: -15}, first=1))
+    setup.agent = ("sh", "-c", f"cat {said}; exit 1")
+    group = setup.group()
+    group.launch()
+    with pytest.raises(WorkerFailed) as caught:
+        await group.connect(30)
+    assert str(caught.value) == "m/0: rank 1 (pid 1001) exited with code 7"
+    assert caught.value.last_lines[0] == "no libcuda.so for me"
+    assert len(caught.value.last_lines) == 2
+
+
+async def test_a_rank_that_torchrun_terminates_before_all_have_come_is_not_blamed(
+    setup: Setup, tmp_path: Path
+) -> None:
+    said, go = tmp_path / "said", tmp_path / "go"
+    said.write_text(torchrun_says({0: 7, 1: -15}, first=0))
+    os.mkfifo(go)
+    setup.agent = ("sh", "-c", f"read line < {go}; sleep {3 * DEATH_GATHER_S}; cat {said}; exit 1")
+    group = setup.group()
+    group.launch()
+    connect = asyncio.create_task(group.connect(30))
+    await setup.arrive(1)
+    await until(lambda: group.pids)
+    os.kill(setup.ranks[0].pid, signal.SIGTERM)
+    await until(lambda: group.suspected)
+    go.write_text("go\n")
+    with pytest.raises(WorkerFailed, match=r"^m/0: rank 0 \(pid 1000\) exited with code 7$"):
+        await connect
 
 
 @pytest.mark.parametrize("agent", [("/nonexistent/python",), ("sh",)])

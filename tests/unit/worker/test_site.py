@@ -7,8 +7,11 @@ from pathlib import Path
 
 import pytest
 
+from minserve.worker.agent_report import FirstFailure
 from minserve.worker.blame import AGENT
+from minserve.worker.output import TAIL_LINES
 from minserve.worker.site import Site
+from tests.unit.worker.agents import torchrun_says
 from tests.unit.worker.specs import make_spec, model_config
 
 
@@ -31,6 +34,23 @@ async def test_everything_is_made_and_nothing_is_left(tmp_path_factory: pytest.T
     assert list(directory.iterdir()) == []
     await asyncio.sleep(0)
     assert len(os.listdir("/proc/self/fd")) == descriptors
+
+
+@pytest.mark.asyncio
+async def test_a_report_of_torchrun_does_not_push_out_what_the_rank_has_said(tmp_path: Path) -> None:
+    site = Site(make_spec(8), "m/0", 0, tmp_path)
+    site.open()
+    reader, writer = os.pipe2(os.O_NONBLOCK)
+    site.read_agent(reader)
+    os.close(reader)
+    words = [f"word {number}" for number in range(30)]
+    os.write(
+        writer, ("\n".join(words) + "\n" + torchrun_says(dict.fromkeys(range(8), -15) | {5: -9}, first=5)).encode()
+    )
+    os.close(writer)
+    assert site.first_failure() == FirstFailure(5, 1005, -9)
+    assert [line for line in site.last_lines([AGENT]) if line in words] == words[-TAIL_LINES + 1 :]
+    site.close()
 
 
 @pytest.mark.asyncio
