@@ -45,7 +45,7 @@ def running(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunningServer]
         fds, rss = descriptors(process), process.memory_info().rss
         yield running
         until(lambda: descriptors(process) <= fds, DEADLINE_S, "as few open descriptors as before")
-        assert process.memory_info().rss < rss + MORE_RSS
+        until(lambda: process.memory_info().rss < rss + MORE_RSS, DEADLINE_S, "as little memory as before")
         assert "Traceback" not in running.log
 
 
