@@ -291,9 +291,7 @@ async def test_a_rank_that_ends_before_it_connects_is_named_with_its_lines(setup
     assert len(caught.value.last_lines) == 2
 
 
-async def test_a_rank_that_torchrun_terminates_before_all_have_come_is_not_blamed(
-    setup: Setup, tmp_path: Path
-) -> None:
+async def test_a_rank_that_torchrun_terminates_before_all_have_come_is_not_blamed(setup: Setup, tmp_path: Path) -> None:
     said, go = tmp_path / "said", tmp_path / "go"
     said.write_text(torchrun_says({0: 7, 1: -15}, first=0))
     os.mkfifo(go)
