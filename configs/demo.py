@@ -20,11 +20,14 @@ START_TIMEOUT_S = 180.0
 def main() -> int:
     """Starts a server with `minilm` and `minilm-tp`, asks both, and serves on until Ctrl-C."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--port", type=int, default=8080, help="inference port; the management port is the next one")
+    parser.add_argument(
+        "--port", type=int, default=8080, help="inference port; management and metrics have the next two"
+    )
     parser.add_argument("--once", action="store_true", help="end after the answer")
     options = parser.parse_args()
     command = [sys.executable, "-m", "minserve", "start", "--model-store", str(MODELS), "--models", "minilm,minilm-tp"]
     command += ["--inference-port", str(options.port), "--management-port", str(options.port + 1)]
+    command += ["--metrics-port", str(options.port + 2)]
     print(f"$ minserve {' '.join(command[3:])}", flush=True)
     server = subprocess.Popen(command)
     signal.signal(signal.SIGTERM, lambda *_: server.terminate())

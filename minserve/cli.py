@@ -9,9 +9,8 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
 import time
-import urllib.error
-import urllib.request
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, NoReturn
 
@@ -21,6 +20,7 @@ import minserve
 from minserve.errors import ConfigError, MinServeError
 
 if TYPE_CHECKING:
+    from minserve.client import Client
     from minserve.config.server import ServerOptions
     from minserve.playlist import Playlist
     from minserve.replay import Replay
@@ -64,7 +64,7 @@ def _root(
         bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")
     ] = False,
 ) -> None:
-    if context.invoked_subcommand != "start":
+    if context.invoked_subcommand not in ("start", "torchserve"):
         _obey_signals()
 
 
@@ -79,6 +79,7 @@ def start(
     host: Annotated[str | None, typer.Option(help="Address to listen on. Default: 127.0.0.1.")] = None,
     inference_port: Annotated[int | None, typer.Option(help="Default: 8080; 0 picks a free one.")] = None,
     management_port: Annotated[int | None, typer.Option(help="Default: 8081; 0 picks a free one.")] = None,
+    metrics_port: Annotated[int | None, typer.Option(help="Default: 8082; 0 picks a free one.")] = None,
     log_level: Annotated[
         str | None, typer.Option(envvar="MINSERVE_LOG_LEVEL", help="debug, info, warning or error. Default: info.")
     ] = None,
@@ -100,6 +101,7 @@ def start(
         "host": host,
         "inference_port": inference_port,
         "management_port": management_port,
+        "metrics_port": metrics_port,
         "reload": reload or None,
         "log_level": log_level.lower() if log_level else None,
     }
@@ -184,6 +186,8 @@ def _detach(log_file: Path) -> None:
                 if server.pid == process.pid:
                     typer.echo(f"minserve is starting in the background, pid {server.pid}, log {log_file}")
                     typer.echo(f"  inference   {server.inference}\n  management  {server.management}")
+                    if server.metrics:
+                        typer.echo(f"  metrics     {server.metrics}/metrics")
                     return
             time.sleep(0.05)
     except KeyboardInterrupt:
@@ -191,6 +195,14 @@ def _detach(log_file: Path) -> None:
         raise
     process.terminate()
     _fail(f"the server did not listen within {DETACH_TIMEOUT_S:g} s, see {log_file}")
+
+
+@app.command(add_help_option=False, context_settings={"ignore_unknown_options": True, "allow_extra_args": True})
+def torchserve(context: typer.Context) -> None:
+    """TorchServe's command line, flag for flag, on TorchServe's configuration files: see `minserve torchserve --help`."""
+    from minserve.torchserve.command import main
+
+    raise typer.Exit(main(context.args, os.environ, _obey_signals))
 
 
 @app.command()
@@ -226,7 +238,8 @@ def stop(
 @app.command()
 def status(
     url: Annotated[
-        str | None, typer.Option(help="Management address. Default: that of the server that runs here.")
+        str | None,
+        typer.Option(help="Management address, http, https or unix:/path. Default: that of the server that runs here."),
     ] = None,
     as_json: Annotated[
         bool, typer.Option("--json", help="Print the JSON of /models/{model}, with the latest events.")
@@ -235,63 +248,64 @@ def status(
     """Show the models, workers and ranks of a running server."""
     from minserve import console
 
-    url = url or _running_server()
+    client = _management(url)
     try:
-        described = [version for name in _model_names(url) for version in _describe(url, name)]
-    except (urllib.error.URLError, OSError, ValueError, KeyError, TypeError) as error:
-        _fail(f"no answer from {url}: {getattr(error, 'reason', error)}")
+        described = [version for name in _model_names(client) for version in _describe(client, name)]
+    except MinServeError as error:
+        _fail(error)
+    except (ValueError, KeyError, TypeError, AssertionError) as error:
+        _fail(f"{client.url}: found an answer that is not minserve's: {error!r}")
     if as_json:
         typer.echo(json.dumps(described, indent=2))
     else:
-        console.print_status(url, described)
+        console.print_status(client.url, described)
 
 
-def _running_server() -> str:
-    """The management address of the server that runs here."""
+def _management(url: str | None) -> Client:
+    """The management address that was named, or that of the server that runs here. A server of ours is known by its note."""
+    from minserve.client import Client
     from minserve.worker.runtime import live_servers
 
-    servers = live_servers(os.environ)
+    servers = [one for one in live_servers(os.environ) if url in (None, one.management)]
     if len(servers) > 1:
         _fail(f"several servers are running, choose one with --url: {', '.join(s.management for s in servers)}")
-    return servers[0].management if servers else DEFAULT_MANAGEMENT_URL
+    if not servers:
+        return Client(url or DEFAULT_MANAGEMENT_URL)
+    return Client(servers[0].management, servers[0].certificate, servers[0].management_key())
 
 
-def _describe(url: str, name: str) -> list[dict[str, object]]:
+def _describe(client: Client, name: str) -> list[dict[str, object]]:
     """What management says of each version of a model, with its latest events."""
-    versions = _get(f"{url}/models/{name}/all")
+    versions = _get(client, f"/models/{name}/all")
     assert isinstance(versions, list)
     for version in versions:
-        answer = _get(f"{url}/models/{name}/{version.get('modelVersion', 'all')}/events?limit={STATUS_EVENTS}")
+        answer = _get(client, f"/models/{name}/{version.get('modelVersion', 'all')}/events?limit={STATUS_EVENTS}")
         assert isinstance(answer, dict)
         version["events"] = answer["events"]
     return versions
 
 
-def _model_names(url: str) -> list[str]:
+def _model_names(client: Client) -> list[str]:
     names: list[str] = []
     token = "0"
     while token:
-        page = _get(f"{url}/models?next_page_token={token}")
+        page = _get(client, f"/models?next_page_token={token}")
         assert isinstance(page, dict)
         names += [str(model["modelName"]) for model in page["models"]]
         token = page.get("nextPageToken", "")
-    return names
+    return list(dict.fromkeys(names))
 
 
-def _get(url: str) -> object:
-    direct = urllib.request.build_opener(
-        urllib.request.ProxyHandler({})
-    )  # a proxy knows nothing of this machine's loopback
-    with direct.open(url, timeout=REQUEST_TIMEOUT_S) as answer:
-        return json.load(answer)
+def _get(client: Client, path: str) -> object:
+    return client.get(path, REQUEST_TIMEOUT_S)
 
 
 @app.command()
 def check(
-    model_dir: Annotated[Path, typer.Argument(help="The model directory.", metavar="MODEL_DIR")],
+    model_dir: Annotated[Path, typer.Argument(help="The model directory, or an archive.", metavar="MODEL_DIR")],
     config: Annotated[Path | None, typer.Option(help="YAML file with server options.", dir_okay=False)] = None,
 ) -> None:
-    """Validate a model directory and print what a start would run, without starting anything."""
+    """Validate a model directory or an archive and print what a start would run, without starting anything."""
     from minserve.checking import describe_launches
     from minserve.config.server import read_server_options
     from minserve.registry.models import read_devices, validate_model
@@ -299,8 +313,10 @@ def check(
 
     try:
         options = read_server_options(config, {})
-        inventory = read_devices(os.environ)
-        model = validate_model(Location(Path(os.path.abspath(model_dir))), options, inventory)
+        inventory = read_devices(os.environ).first(options.number_of_gpu)
+        location = Location(Path(os.path.abspath(model_dir)))
+        with tempfile.TemporaryDirectory(prefix="minserve-check-") as folder:
+            model = validate_model(location, options, inventory, into=Path(folder) / "model", strict=True)
         description = describe_launches(model, inventory, os.environ)
     except MinServeError as error:
         typer.echo(str(error), err=True)
@@ -308,6 +324,46 @@ def check(
     for warning in model.warnings:
         typer.echo(f"warning: {warning}", err=True)
     typer.echo(description)
+
+
+@app.command(context_settings={"help_option_names": ["-h", "--help"]})
+def archive(
+    model_dir: Annotated[
+        Path | None,
+        typer.Argument(help="A model directory; all of it goes in, no option is needed.", metavar="MODEL_DIR"),
+    ] = None,
+    model_name: Annotated[str | None, typer.Option(help="Name of the model and of the archive.")] = None,
+    handler: Annotated[str | None, typer.Option(help="FILE[:NAME], or the name of a shipped handler.")] = None,
+    version: Annotated[str | None, typer.Option("-v", "--version", help="The model's version.")] = None,
+    serialized_file: Annotated[str | None, typer.Option(help="Weights or a TorchScript file: .pt, .pth.")] = None,
+    model_file: Annotated[str | None, typer.Option(help="Python file with the model's class.")] = None,
+    extra_files: Annotated[
+        str | None, typer.Option(help="Files, patterns, and folders of which the content goes in, between commas.")
+    ] = None,
+    runtime: Annotated[str | None, typer.Option(help="python or python3. Default: python.")] = None,
+    export_path: Annotated[Path, typer.Option(help="Folder for the archive. Default: the current one.")] = Path(),
+    archive_format: Annotated[
+        str,
+        typer.Option(help="default: .mar; zip-store: .mar, not compressed; tgz: .tar.gz; no-archive: a folder."),
+    ] = "default",
+    force: Annotated[bool, typer.Option("-f", "--force", help="Overwrite an archive that is there.")] = False,
+    requirements_file: Annotated[
+        str | None, typer.Option("-r", "--requirements-file", help="List of packages for pip.")
+    ] = None,
+    config_file: Annotated[str | None, typer.Option("-c", "--config-file", help="The model's YAML.")] = None,
+) -> None:
+    """Make an archive (.mar) of a model directory, or of single files with torch-model-archiver's options."""
+    from minserve.archiver import Order, make_archive
+
+    order = Order(
+        *(model_dir, model_name, handler, version, serialized_file, model_file, extra_files, runtime),
+        *(export_path, archive_format, force, requirements_file, config_file),
+    )
+    try:
+        path = make_archive(order, lambda text: typer.echo(f"warning: {text}", err=True))
+    except ConfigError as error:
+        _fail(error)
+    typer.echo(path)
 
 
 @app.command()
@@ -338,7 +394,7 @@ def record(
     try:
         kept = recording.RecordingFile(file, max_bytes)
         try:
-            reason = recording.record(url or _running_server(), model, worker, bodies, kept, typer.echo)
+            reason = recording.record(_management(url), model, worker, bodies, kept, typer.echo)
         except KeyboardInterrupt:
             reason = ""
         finally:

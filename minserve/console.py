@@ -45,7 +45,7 @@ async def watch_start(server: Server, say: Callable[[str], None] = print) -> Non
 
 
 def _settled(server: Server) -> bool:
-    return all(_serves(model) or _has_failed(model) for model in server.registry.models())
+    return all(_serves(model) or _has_failed(model) or not model.workers for model in server.registry.models())
 
 
 def _serves(model: ServedModel) -> bool:
@@ -62,7 +62,7 @@ def _load_table(server: Server, seconds: float) -> Table:
         table.add_column(column)
     for model in server.registry.models():
         for report in model.supervisor.report():
-            row = (model.spec.name, str(report.number), str(report.state))
+            row = (model.spec.title, str(report.number), str(report.state))
             for rank in report.ranks:
                 table.add_row(*row, str(rank.rank), str(rank.pid or "-"), rank.progress)
             if not report.ranks:
@@ -74,20 +74,28 @@ def _summary(server: Server) -> str:
     lines = [f"minserve {minserve.__version__}"]
     example = None
     for model in server.registry.models():
-        name, reports = model.spec.name, model.supervisor.report()
+        name, reports = model.spec.title, model.supervisor.report()
         if _serves(model):
-            example = example or name
+            example = example or model.spec.name
             ranks = f"{model.workers} x {model.spec.world_size} ranks" if model.spec.world_size > 1 else "one process"
             lines.append(f"  {name}: ready, {ranks}")
         else:
             reason = next((report.last_error for report in reports if report.last_error), "")
-            lines.append(f"  {name}: not ready: {reason}")
+            lines.append(f"  {name}: not ready: {reason}" if model.workers else f"  {name}: no worker")
     lines += [f"  {name}: its configuration is wrong, see above" for name in server.registry.broken]
     lines += [f"inference   {server.inference_url}", f"management  {server.management_url}"]
+    if server.metrics_url:
+        lines.append(f"metrics     {server.metrics_url}/metrics")
     if example is not None:
-        path = f"{server.inference_url}/predictions/{example}"
+        path = _for_curl(server.inference_url, f"/predictions/{example}")
         lines.append(f"try         curl {path} -H 'Content-Type: text/plain' -d 'Hello, ranks!'")
     return "\n".join(lines)
+
+
+def _for_curl(url: str, path: str) -> str:
+    if url.startswith("unix:"):
+        return f"--unix-socket {url.removeprefix('unix:')} http://localhost{path}"
+    return f"{'-k ' if url.startswith('https:') else ''}{url}{path}"
 
 
 def print_status(url: str, models: Sequence[Mapping[str, object]]) -> None:

@@ -10,10 +10,20 @@ may well succeed a little later; the frontend then adds `Retry-After`.
     ├── NotFound                    404 ResourceNotFoundException
     │   ├── ModelNotFound           404 ModelNotFoundException
     │   └── ModelVersionNotFound    404 ModelVersionNotFoundException
+    ├── InvalidModel                400 InvalidModelException: what is to be registered is no model
+    ├── DownloadFailed              400 DownloadArchiveException: an archive cannot be fetched from its address
+    ├── NotSaved                    500 InternalServerException: an archive that was fetched has no place in the store
+    ├── PackagesFailed              400 ModelException: a model's own packages cannot be installed
+    ├── Conflict                    409 ConflictStatusException: the version is registered already
+    ├── InvalidModelVersion         403 InvalidModelVersionException: the default version stays while others exist
+    ├── CleanupTimeout              408 RequestTimeoutException: workers took too long to end
+    ├── InvalidKey                  400 InvalidKeyException: no key, a wrong one or an expired one
+    ├── Forbidden                   403 ForbiddenException: from a page or for a name that is not this server's
     ├── MethodNotAllowed            405 MethodNotAllowedException
     ├── BodyTooLarge                413 RequestEntityTooLargeException
     ├── Unavailable                 503 ServiceUnavailableException, retryable: nothing was sent to a rank
     │   ├── QueueFull               the model's queue is at its bound
+    │   ├── NoWorkers               the model has no worker, because nobody has asked for one; not retryable
     │   ├── Draining                the server or the worker is shutting down
     │   └── ModelUnhealthy          the model has given up restarting; not retryable
     ├── DeadlineExceeded            504 RequestTimeoutException: the request's own deadline passed
@@ -73,6 +83,66 @@ class ModelVersionNotFound(NotFound):
     type_name = "ModelVersionNotFoundException"
 
 
+class InvalidModel(MinServeError):
+    """What is to be registered is no model: a broken archive, a wrong configuration, no name."""
+
+    status = 400
+    type_name = "InvalidModelException"
+
+
+class DownloadFailed(MinServeError):
+    """An archive cannot be fetched from its address. The log says why; the text is TorchServe's."""
+
+    status = 400
+    type_name = "DownloadArchiveException"
+
+
+class NotSaved(MinServeError):
+    """An archive cannot be put into the model store: a file of that name is there, or the disk is full."""
+
+
+class PackagesFailed(MinServeError):
+    """The packages that a model asks for cannot be installed. The log has what pip said; the text is TorchServe's."""
+
+    status = 400
+    type_name = "ModelException"
+
+
+class Conflict(MinServeError):
+    """The model version is registered already."""
+
+    status = 409
+    type_name = "ConflictStatusException"
+
+
+class InvalidModelVersion(MinServeError):
+    """The default version of a model cannot go while it has others."""
+
+    status = 403
+    type_name = "InvalidModelVersionException"
+
+
+class CleanupTimeout(MinServeError):
+    """The workers of a model that is unregistered took too long to end; they have been killed."""
+
+    status = 408
+    type_name = "RequestTimeoutException"
+
+
+class InvalidKey(MinServeError):
+    """The request needs a key and has none that is good. Status and texts are TorchServe's."""
+
+    status = 400
+    type_name = "InvalidKeyException"
+
+
+class Forbidden(MinServeError):
+    """The request comes from a foreign web page, or was sent to a name that is not this server's."""
+
+    status = 403
+    type_name = "ForbiddenException"
+
+
 class MethodNotAllowed(MinServeError):
     """The path exists, the method does not apply to it."""
 
@@ -97,6 +167,28 @@ class Unavailable(MinServeError):
 
 class QueueFull(Unavailable):
     """The model's queue is at its bound."""
+
+
+class NoWorkers(Unavailable):
+    """The model has no worker, and none is to be started. The text is TorchServe's, which scripts look for."""
+
+    retryable = False
+
+    def __init__(self, model: str, version: str = "") -> None:
+        super().__init__(no_workers(model, version))
+
+
+def no_workers(model: str, version: str = "") -> str:
+    """TorchServe's one sentence for a model without workers and for a full queue.
+
+    Args:
+        version: if the request names one; where the quotes then stand is TorchServe's, too.
+    """
+    name = f'"{model}" Version {version}"' if version else f'"{model}"'
+    return (
+        f"Model {name} has no worker to serve inference request. Please use scale workers API to add workers. "
+        "If this is a sequence inference, please check if it is closed, or expired; or exceeds maxSequenceJobQueueSize"
+    )
 
 
 class Draining(Unavailable):

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import http.client
-import json
 import os
 import urllib.parse
 from typing import TYPE_CHECKING
 
+from minserve.client import Client, error_text
 from minserve.errors import MinServeError, WireError
 from minserve.wire.recording import MAGIC, Header, RecordReader, Sent, Stopped, decode
 
@@ -94,18 +94,25 @@ def before_of(path: Path) -> Path:
     return path.with_name(f"{path.name}.1")
 
 
-def record(url: str, model: str, worker: int, bodies: bool, file: RecordingFile, say: Callable[[str], None]) -> str:
+def record(
+    client: Client,
+    model: str,
+    worker: int,
+    bodies: bool,
+    file: RecordingFile,
+    say: Callable[[str], None],
+) -> str:
     """Keeps the records of a worker of a running server until the server ends the recording; why it did.
 
     Args:
-        url: of its management port.
+        client: of its management address.
         say: told once the recording has begun.
 
     Raises:
         RecordingError: the server refuses, or has gone; the file cannot be written.
     """
     reason = ""
-    for data in _records(url, model, worker, bodies):
+    for data in _records(client, model, worker, bodies):
         file.write(data)
         record = decode(data)
         if isinstance(record, Header):
@@ -117,32 +124,25 @@ def record(url: str, model: str, worker: int, bodies: bool, file: RecordingFile,
     return reason
 
 
-def _records(url: str, model: str, worker: int, bodies: bool) -> Iterator[bytes]:
-    where = urllib.parse.urlsplit(url)
+def _records(client: Client, model: str, worker: int, bodies: bool) -> Iterator[bytes]:
     query = urllib.parse.urlencode({"worker": worker, "bodies": str(bodies).lower()})
-    connection = http.client.HTTPConnection(where.hostname or "", where.port, timeout=CONNECT_TIMEOUT_S)
+    connection = client.connection(CONNECT_TIMEOUT_S)
     reader = RecordReader()
     try:
         connection.connect()
         link = connection.sock
-        connection.request("GET", f"/models/{urllib.parse.quote(model, safe='')}/record?{query}")
+        path = f"/models/{urllib.parse.quote(model, safe='')}/record?{query}"
+        connection.request("GET", path, headers=client.headers)
         response = connection.getresponse()
         if response.status != http.client.OK:
-            raise RecordingError(_reason(response))
+            raise RecordingError(error_text(response.read()) or f"{response.status} {response.reason}")
         link.settimeout(None)  # the next batch may be hours away
         while data := response.read1(READ_BYTES):
             yield from reader.received(data)
     except (OSError, http.client.HTTPException) as error:
-        raise RecordingError(f"{url}: {getattr(error, 'strerror', None) or repr(error)}") from None
+        raise RecordingError(f"{client.url}: {getattr(error, 'strerror', None) or repr(error)}") from None
     finally:
         connection.close()
-
-
-def _reason(response: http.client.HTTPResponse) -> str:
-    try:
-        return str(json.loads(response.read())["message"])
-    except (ValueError, KeyError, TypeError):
-        return f"{response.status} {response.reason}"
 
 
 def read_recording(path: Path) -> tuple[list[AnyRecord], list[str]]:

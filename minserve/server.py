@@ -6,33 +6,49 @@ import asyncio
 import gc
 import logging
 import os
+import re
 import resource
 import signal
-import socket
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from aiohttp import web
 
+from minserve.config.addresses import Role
 from minserve.config.keys import ParallelType
+from minserve.config.metrics import server_metrics
 from minserve.errors import ConfigError, StartupError
-from minserve.frontend.app import inference_app, management_app, require_c_parser, runner
-from minserve.registry.models import Registry, read_devices, validate_model
-from minserve.registry.store import locate
+from minserve.frontend.app import (
+    combined_app,
+    inference_app,
+    make_keys,
+    management_app,
+    metrics_app,
+    require_c_parser,
+    runner,
+)
+from minserve.frontend.listeners import bind_all, places
+from minserve.frontend.tls import read_identity, tls_context
+from minserve.registry.models import Registry, read_devices
+from minserve.registry.startup import read_models
+from minserve.telemetry.system import SystemMetrics
 from minserve.worker.guardian import Guardian
 from minserve.worker.reaper import Reaper
 from minserve.worker.runtime import LiveServer, RuntimeDirectory
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    import ssl
+    from collections.abc import Callable, Mapping, Set
 
     from minserve.config.server import ServerOptions
+    from minserve.frontend.auth import Keys
+    from minserve.frontend.listeners import Listener
     from minserve.registry.models import ValidModel
+    from minserve.telemetry.events import Event
+    from minserve.telemetry.metrics import Metrics
     from minserve.worker.devices import Inventory
 
 logger = logging.getLogger(__name__)
 
-BACKLOG = 1024
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)  # SIGHUP: the terminal or the ssh session has gone
 LAST_WRITES_S = 0.5  # for answers to clients that read them, when nobody wants to wait for those that do not
 OPEN_FILES = 65536  # enough for every connection; some libraries walk through all that are allowed
@@ -41,21 +57,34 @@ OPEN_FILES = 65536  # enough for every connection; some libraries walk through a
 class Server:
     """One server. `run` is its whole life.
 
+    Args:
+        on_event: told each event of each model as it happens.
+
     Attributes:
-        listening: set once both ports accept; `inference_url` and `management_url` are good from then on.
+        listening: set once all addresses accept; the URLs are good from then on.
+        metrics_url: "" where there is no such address.
         changed: set whenever a worker's state has changed; whoever watches clears it.
     """
 
-    def __init__(self, options: ServerOptions, environ: Mapping[str, str]) -> None:
+    def __init__(
+        self,
+        options: ServerOptions,
+        environ: Mapping[str, str],
+        on_event: Callable[[str, Event], None] | None = None,
+    ) -> None:
         self._options = options
         self._environ = environ
+        self._on_event = on_event
         self._stop = asyncio.Event()
         self._hurry = asyncio.Event()
         self._runners: list[web.AppRunner] = []
         self.listening = asyncio.Event()
         self.changed = asyncio.Event()
+        self._listeners: list[Listener] = []
+        self._keys: Keys | None = None
         self.inference_url = ""
         self.management_url = ""
+        self.metrics_url = ""
 
     async def run(self) -> None:
         """Serves until SIGTERM, SIGINT or SIGHUP, then drains. May be told to stop in any state; another signal hurries.
@@ -69,28 +98,53 @@ class Server:
                 loop.add_signal_handler(number, self._signalled, number)
         require_c_parser()
         _raise_open_files()
-        inventory = read_devices(self._environ)
-        models, broken = self._validate(inventory)
-        inference = self._bind(self._options.inference_port, "--inference-port")
-        management = self._bind(self._options.management_port, "--management-port")
+        metrics = self._metrics()
+        inventory = read_devices(self._environ).first(self._options.number_of_gpu)
         self._runtime = RuntimeDirectory(self._environ)
-        guardian = Guardian(self._runtime.path)
+        guardian = Guardian(self._runtime.path, self._runtime.models)
         reaper = Reaper()
+        options = self._options
+        system = SystemMetrics(
+            *(metrics, options.metric_time_interval, options.system_metrics_cmd),
+            *(options.number_of_gpu != 0, self._environ),
+        )
         try:
-            self.registry = Registry(self._runtime, inventory, self._environ, self._worker_changed, self._options)
+            found = await self._read_models(inventory)
+            if found is None:
+                return
+            models, broken = found
+            self._listeners = bind_all(places(options))
+            tls = any(listener.address.tls for listener in self._listeners)
+            identity = read_identity(options) if tls else None
+            context = tls_context(identity) if identity is not None else None
+            self._keys = make_keys(options)
+            self.registry = Registry(
+                *(self._runtime, inventory, environment_of_models(options, self._environ), self._worker_changed),
+                *(options, self._on_event, metrics),
+            )
             self.registry.broken = broken
             # Those who own devices choose first; plain single processes share what is left.
             for model in sorted(models, key=lambda model: model.spec.config.parallel_type is ParallelType.NONE):
                 self.registry.add(model)
-            await self._listen(inference, management)
-            self._runtime.tell(LiveServer(os.getpid(), self.inference_url, self.management_url))
-            logger.info("inference on %s, management on %s", self.inference_url, self.management_url)
+            await self._listen(context)
+            certificate = identity.certificate.decode() if identity is not None else ""
+            urls = (self.inference_url, self.management_url, self.metrics_url)
+            key_file = str(self._keys.path) if self._keys is not None else ""
+            self._runtime.tell(LiveServer(os.getpid(), *urls, certificate, key_file))
+            logger.info("inference on %s, management on %s, metrics on %s", *urls[:2], urls[2] or "no address")
             self.listening.set()
+            if not options.disable_system_metrics:
+                system.start()
             gc.collect()
             gc.freeze()  # modules and routes stay: the collector need not walk through them between requests
             await self._stop.wait()
             await self._shutdown()
         finally:
+            await system.stop()
+            for listener in self._listeners:
+                listener.close()
+            if self._keys is not None:
+                self._keys.remove()
             reaper.close()
             self._runtime.remove()
             guardian.dismiss()
@@ -113,59 +167,43 @@ class Server:
 
     # ── startup ──
 
-    def _validate(self, inventory: Inventory) -> tuple[list[ValidModel], dict[str, ConfigError]]:
-        locations = locate(Path(self._options.model_store), self._options.load_models)
-        models: list[ValidModel] = []
-        broken: dict[str, ConfigError] = {}
-        for location in locations:
-            name = location.name or location.path.name
-            if name in broken or any(model.spec.name == name for model in models):
-                raise StartupError(f"two models are called {name}: {location.path} is the second")
-            try:
-                model = validate_model(location, self._options, inventory)
-            except ConfigError as error:
-                broken[name] = error
-            else:
-                models.append(model)
-        if not models:
-            reasons = [str(error).partition("\n")[0] for error in broken.values()] or ["there is none"]
-            raise StartupError(
-                f"no model with a valid configuration in {self._options.model_store}: {'; '.join(reasons)}"
-            )
-        for name, wrong in broken.items():
-            logger.error("%s is not served: %s", name, "; ".join(str(wrong).splitlines()))
-        for model in models:
-            for warning in model.warnings:
-                logger.warning("%s", warning)
-        return models, broken
-
-    def _bind(self, port: int, option: str) -> socket.socket:
-        """Binds before any rank starts: a port that is taken is known at once."""
-        host = self._options.host
-        family = socket.AF_INET6 if ":" in host else socket.AF_INET
-        listener = socket.socket(family, socket.SOCK_STREAM)
-        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    def _metrics(self) -> Metrics:
         try:
-            listener.bind((host, port))
-            listener.listen(BACKLOG)
-        except OSError as error:
-            listener.close()
-            choose = "--host" if isinstance(error, socket.gaierror) else option
-            raise StartupError(f"cannot listen on {host}:{port}: {error.strerror}; {choose} chooses another") from None
-        listener.setblocking(False)
-        return listener
+            return server_metrics(self._options)
+        except ConfigError as error:
+            raise StartupError(str(error)) from None
 
-    async def _listen(self, inference: socket.socket, management: socket.socket) -> None:
-        options = self._options
-        for app, listener in (
-            (inference_app(self.registry, options), inference),
-            (management_app(self.registry, options), management),
-        ):
-            app_runner = runner(app, options)
+    async def _read_models(self, inventory: Inventory) -> tuple[list[ValidModel], dict[str, ConfigError]] | None:
+        """What to serve, and what cannot be; None if somebody has stopped the server meanwhile."""
+        reading = asyncio.create_task(read_models(self._options, inventory, self._runtime))
+        stopped = asyncio.create_task(self._stop.wait())
+        await asyncio.wait([reading, stopped], return_when=asyncio.FIRST_COMPLETED)
+        stopped.cancel()
+        if not reading.done():
+            reading.cancel()
+            await asyncio.wait([reading])
+            return None
+        return reading.result()
+
+    async def _listen(self, context: ssl.SSLContext | None) -> None:
+        urls: dict[Role, str] = {}
+        for listener in self._listeners:
+            app_runner = runner(self._application(listener.roles), self._options)
             await app_runner.setup()
-            await web.SockSite(app_runner, listener).start()
+            await listener.serve(app_runner, context, self._options.header_timeout)
             self._runners.append(app_runner)
-        self.inference_url, self.management_url = _url(inference), _url(management)
+            urls = dict.fromkeys(listener.roles, listener.address.url) | urls
+        self.inference_url, self.management_url = urls[Role.INFERENCE], urls[Role.MANAGEMENT]
+        self.metrics_url = urls.get(Role.METRICS, "")
+
+    def _application(self, roles: Set[Role]) -> web.Application:
+        if {Role.INFERENCE, Role.MANAGEMENT} <= roles:
+            return combined_app(self.registry, self._options, self._keys)
+        if Role.INFERENCE in roles:
+            return inference_app(self.registry, self._options, self._keys)
+        if Role.MANAGEMENT in roles:
+            return management_app(self.registry, self._options, self._keys)
+        return metrics_app(self.registry, self._options)
 
     # ── the end ──
 
@@ -203,7 +241,7 @@ class Server:
         return True
 
     async def _close(self) -> None:
-        """Closes both ports, once the last answers have been read."""
+        """Closes all ports, once the last answers have been read."""
         await asyncio.gather(*(app_runner.cleanup() for app_runner in self._runners))
 
 
@@ -215,6 +253,9 @@ def _raise_open_files() -> None:
         resource.setrlimit(resource.RLIMIT_NOFILE, (most, hard))
 
 
-def _url(listener: socket.socket) -> str:
-    host, port = listener.getsockname()[:2]
-    return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+def environment_of_models(options: ServerOptions, environ: Mapping[str, str]) -> Mapping[str, str]:
+    """What of the server's environment the models' processes get."""
+    kept = {name: value for name, value in environ.items() if not re.fullmatch(options.blacklist_env_vars, name)}
+    if options.number_of_gpu == 0:
+        kept["CUDA_VISIBLE_DEVICES"] = ""  # as on a machine without one
+    return kept

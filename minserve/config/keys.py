@@ -137,8 +137,8 @@ class MinServeConfig(_Keys):
     accept_timeout: Timeout = 30.0
     """Seconds from the start of a worker until all its ranks have connected. Default 30."""
     in_flight: Count | None = None
-    """Batches that a worker may have under way at once. Default 1: the next one leaves with
-    the answer to the last."""
+    """Batches that a worker may have under way at once. Default 1: the next one leaves with the answer to the last;
+    with asyncCommunication jobQueueSize."""
     socket_type: Literal["unix", "tcp"] = "unix"
     """Sockets between the server and the ranks. Default unix."""
     port: Port | None = None
@@ -177,6 +177,9 @@ class MinServeConfig(_Keys):
     """Seconds that the oldest request waits before another worker is started, up to maxWorkers. Default 1."""
     scale_down_idle: Timeout = 60.0
     """Seconds for which a worker above minWorkers has nothing to do before it is drained. Default 60."""
+    predict_on: Literal["all", "rank0"] = "all"
+    """Which ranks run the handler for a batch: all, in step, or rank 0 alone, which calls the others itself (TorchServe's
+    way with parallelType pp). Default all."""
 
     @property
     def handler_file(self) -> str:
@@ -235,9 +238,11 @@ class ModelConfig(_Keys):
     max_num_sequence: Count = 1
     """Most sequences at once. Default 1. With sequenceBatching."""
     async_communication: bool = False
-    """The handler answers in any order. Default false; an error with tp, pp or pptp. Understood, not yet acted on."""
+    """Up to jobQueueSize requests are under way in a worker at once, each a task of the handler's event loop, and are
+    answered in any order; `handle` should be async. Default false; an error with tp, pp or pptp."""
     use_venv: bool = False
-    """A virtual environment for the model. Default false. Understood, not yet acted on."""
+    """A virtual environment of the model's own, which sees the server's packages; with install_py_dep_per_model it gets
+    those of the archive's requirements file. Default false."""
     minserve: MinServeConfig = Field(default_factory=MinServeConfig)
     """minserve's own options."""
 

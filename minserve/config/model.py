@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from minserve.config.keys import MinServeConfig, ModelConfig, ParallelType, TorchrunConfig
+from minserve.config.lenient import forgive_file, settle_contradictions
 from minserve.config.problems import Problem, describe_value, raise_errors
 from minserve.config.schema import json_schema
 from minserve.config.validate import validate
@@ -30,8 +31,6 @@ _SWITCHES_WITHOUT_EFFECT = (
     "useJobTicket",
     "continuousBatching",
     "sequenceBatching",
-    "asyncCommunication",
-    "useVenv",
 )
 
 
@@ -44,49 +43,72 @@ class ReadConfig:
         config: the validated configuration.
         warnings: what is doubtful in it.
         document: the file, for later checks that want to name a line in it.
+        yaml: the file's content, for the ranks; empty where there is none, and where nothing of it counts.
     """
 
     name: str
     config: ModelConfig
     warnings: tuple[Problem, ...]
     document: YamlDocument
+    yaml: bytes = b""
 
 
-def read_model_config(model_dir: Path, name: str | None = None) -> ReadConfig:
+def read_model_config(
+    model_dir: Path,
+    name: str | None = None,
+    *,
+    config_file: str | None = CONFIG_FILE,
+    lenient: bool = False,
+    check_handler: bool = True,
+) -> ReadConfig:
     """Read and check the configuration of a model directory. Without a model-config.yaml every key has its default.
 
     Args:
         model_dir: the folder.
         name: the name to serve it under, None for the folder's.
+        config_file: the file's name; None: nothing is read, every key has its default.
+        lenient: what TorchServe forgives is a warning, see `lenient`.
+        check_handler: the handler's file must be there.
 
     Raises:
         ConfigError: something is wrong. The message lists every error, one a line; the contradictions between keys are
             looked for once every key is fine by itself.
     """
     name = name or Path(os.path.abspath(model_dir)).name
-    document = _read_document(model_dir)
+    document = _read_document(model_dir, config_file)
+    readable = document.data is not None
+    if lenient:
+        document = forgive_file(document)
     problems = [*_check_name(model_dir, name), *document.problems]
     raise_errors(problems if document.data is None else ())
-    config, wrong = validate(document, document.data or {})
+    config, wrong = validate(document, document.data or {}, lenient=lenient)
     problems += wrong
+    if config is not None and lenient:
+        config, settled = settle_contradictions(config, document)
+        problems += settled
     if config is not None and all(problem.severity == "warning" for problem in problems):
         problems += _check_parallelism(config, document)
         problems += _check_workers(config, document)
         problems += _check_torchrun(config, document)
-        problems += _check_handler(config, document, model_dir)
+        if check_handler:
+            problems += check_own_handler(config, document, model_dir)
         problems += _switches_without_effect(document)
     problems.sort(key=lambda problem: problem.line or 0)
     raise_errors(problems)
     assert config is not None  # a value that fails validation is an error
-    return ReadConfig(name, config, tuple(problems), document)
+    path = model_dir / (config_file or "")
+    content = path.read_bytes() if readable and path.is_file() else b""
+    return ReadConfig(name, config, tuple(problems), document, content)
 
 
-def _read_document(model_dir: Path) -> YamlDocument:
-    path = model_dir / CONFIG_FILE
+def _read_document(model_dir: Path, config_file: str | None) -> YamlDocument:
+    path = model_dir / (config_file or CONFIG_FILE)
     if not model_dir.is_dir():
         missing = Problem(str(model_dir), None, "", "no such directory", "a model directory")
         return YamlDocument(str(path), None, problems=(missing,))
-    return read_yaml(path) if os.path.lexists(path) else YamlDocument(str(path), {})
+    if config_file is None or (config_file == CONFIG_FILE and not os.path.lexists(path)):
+        return YamlDocument(str(path), {})
+    return read_yaml(path)
 
 
 def _check_name(model_dir: Path, name: str) -> Iterator[Problem]:
@@ -186,7 +208,8 @@ def _check_torchrun(config: ModelConfig, document: YamlDocument) -> Iterator[Pro
         )
 
 
-def _check_handler(config: ModelConfig, document: YamlDocument, model_dir: Path) -> Iterator[Problem]:
+def check_own_handler(config: ModelConfig, document: YamlDocument, model_dir: Path) -> Iterator[Problem]:
+    """The handler that the configuration names, or handler.py, must be there."""
     path = model_dir / config.minserve.handler_file
     if path.is_file():
         return

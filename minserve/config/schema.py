@@ -65,5 +65,9 @@ def _describe(schema: Mapping[str, object]) -> str:
             return f"an integer >= {schema['minimum']}" if "minimum" in schema else "an integer"
         case {"type": "boolean"}:
             return "true or false"
+        case {"type": "array"}:
+            return "a list"
+        case {"type": "object"}:
+            return "a map"
         case _:
             return f"a {schema.get('type')}"

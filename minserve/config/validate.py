@@ -8,6 +8,7 @@ from collections.abc import Iterator, Mapping
 from pydantic import AliasChoices, BaseModel, ValidationError
 
 from minserve.config.keys import LARGEST, MinServeConfig, ModelConfig, TorchrunConfig
+from minserve.config.lenient import forgive_problems, forgive_values
 from minserve.config.problems import Problem, describe_value
 from minserve.config.schema import allowed_values
 from minserve.config.yaml import YamlDocument, YamlPath
@@ -19,8 +20,13 @@ _AUTHOR_KEYS = frozenset({"handler", "pippy", "deepspeed", "pt2", "micro_batchin
 _MAY_BE_NULL = frozenset({"parallelType", *_SECTIONS})
 
 
-def validate(document: YamlDocument, data: Mapping[str, object]) -> tuple[ModelConfig | None, list[Problem]]:
+def validate(
+    document: YamlDocument, data: Mapping[str, object], *, lenient: bool = False
+) -> tuple[ModelConfig | None, list[Problem]]:
     """Check each key of the file by itself.
+
+    Args:
+        lenient: what TorchServe forgives is a warning, see `lenient`.
 
     Returns:
         The config, None when a value is wrong, and every problem found.
@@ -32,11 +38,17 @@ def validate(document: YamlDocument, data: Mapping[str, object]) -> tuple[ModelC
         if isinstance(section, Mapping):
             problems += _check_keys(document, (name,), section, model)
             values[name] = _known_values(section, model)
-    try:
-        config = ModelConfig.model_validate(values)
-    except ValidationError as error:
-        return None, problems + _wrong_values(error, document, data)
-    return config, problems
+    if lenient:
+        problems = forgive_problems(problems)
+    while True:
+        try:
+            return ModelConfig.model_validate(values), problems
+        except ValidationError as error:
+            wrong = _wrong_values(error, document, data)
+            forgiven = forgive_values(values, wrong) if lenient else None
+            if forgiven is None:
+                return None, [*problems, *wrong.values()]
+            problems += forgiven
 
 
 def _spellings(model: type[BaseModel]) -> dict[str, str]:
@@ -99,7 +111,9 @@ def _squashed(key: str) -> str:
     return key.casefold().replace("-", "").replace("_", "")
 
 
-def _wrong_values(error: ValidationError, document: YamlDocument, data: Mapping[str, object]) -> list[Problem]:
+def _wrong_values(
+    error: ValidationError, document: YamlDocument, data: Mapping[str, object]
+) -> dict[YamlPath, Problem]:
     by_path: dict[YamlPath, Problem] = {}
     for detail in error.errors(include_url=False, include_context=False, include_input=False):
         path, value = _locate(data, detail["loc"])
@@ -108,7 +122,7 @@ def _wrong_values(error: ValidationError, document: YamlDocument, data: Mapping[
         if isinstance(value, int) and value > LARGEST:
             allowed += f" and <= {LARGEST}"
         by_path[path] = document.problem(path, found=describe_value(value), allowed=allowed)
-    return list(by_path.values())
+    return by_path
 
 
 def _locate(data: Mapping[str, object], loc: YamlPath) -> tuple[YamlPath, object]:

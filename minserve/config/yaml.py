@@ -34,12 +34,14 @@ class YamlDocument:
         data: the top-level mapping, or None when the file cannot be read as one.
         lines: line, from 1, of every key and list item, by path.
         problems: what is wrong with the file as YAML.
+        dangerous: it was not read on purpose: it is too large, or would be once its aliases are expanded.
     """
 
     file: str
     data: Mapping[str, object] | None
     lines: Mapping[YamlPath, int] = field(default_factory=dict)
     problems: tuple[Problem, ...] = ()
+    dangerous: bool = False
 
     def line(self, path: YamlPath) -> int | None:
         """Return the line of a value, or of the nearest map or list around it (a merged key has no line of its own)."""
@@ -78,7 +80,7 @@ def parse_yaml(content: bytes, file: str) -> YamlDocument:
     problem `data` is None.
     """
     if len(content) > MAX_BYTES:
-        return _unreadable(file, None, "a larger file", f"at most {MAX_BYTES} bytes")
+        return _unreadable(file, None, "a larger file", f"at most {MAX_BYTES} bytes", dangerous=True)
     try:
         text = content.decode("utf-8-sig")
     except UnicodeDecodeError as error:
@@ -94,7 +96,7 @@ def parse_yaml(content: bytes, file: str) -> YamlDocument:
         reason = " ".join(part for part in (error.context, error.problem) if part)
         return _unreadable(file, mark.line + 1 if mark else None, f"broken YAML ({reason})", "valid YAML")
     except RecursionError:
-        return _unreadable(file, None, "values nested too deeply", f"at most {MAX_DEPTH} levels")
+        return _unreadable(file, None, "values nested too deeply", f"at most {MAX_DEPTH} levels", dangerous=True)
 
 
 def _parse(text: str, file: str) -> YamlDocument:
@@ -110,7 +112,7 @@ def _parse(text: str, file: str) -> YamlDocument:
         elif walk.visit(root, ()):
             data = loader.construct_document(root)
             return YamlDocument(file, data, walk.lines, tuple(walk.problems))
-        return YamlDocument(file, None, walk.lines, tuple(walk.problems))
+        return YamlDocument(file, None, walk.lines, tuple(walk.problems), walk.endless)
     finally:
         loader.dispose()
 
@@ -133,6 +135,7 @@ class _Walk:
     def __init__(self, file: str) -> None:
         self.lines: dict[YamlPath, int] = {}
         self.problems: list[Problem] = []
+        self.endless = False
         self._file = file
         self._visited = 0
 
@@ -145,6 +148,7 @@ class _Walk:
         if self._visited > MAX_VALUES or len(path) > MAX_DEPTH:
             limit = f"at most {MAX_VALUES} values, {MAX_DEPTH} levels deep, aliases expanded"
             self.report(path[:1], node, "too many values", limit)
+            self.endless = True
             return False
         self.lines.setdefault(path, node.start_mark.line + 1)
         if node.tag not in yaml.SafeLoader.yaml_constructors:
@@ -181,5 +185,5 @@ def _key(path: YamlPath) -> str:
     return "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in path).removeprefix(".")
 
 
-def _unreadable(file: str, line: int | None, found: str, allowed: str) -> YamlDocument:
-    return YamlDocument(file, None, problems=(Problem(file, line, "", found, allowed),))
+def _unreadable(file: str, line: int | None, found: str, allowed: str, dangerous: bool = False) -> YamlDocument:
+    return YamlDocument(file, None, problems=(Problem(file, line, "", found, allowed),), dangerous=dangerous)

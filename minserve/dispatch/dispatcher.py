@@ -14,13 +14,17 @@ from typing import TYPE_CHECKING, Protocol
 
 from minserve.dispatch.clock import Alarm
 from minserve.dispatch.rate import Rate
-from minserve.errors import DeadlineExceeded, MinServeError, QueueFull
+from minserve.errors import DeadlineExceeded, MinServeError, QueueFull, no_workers
+from minserve.telemetry.meters import unwatched
 
 if TYPE_CHECKING:
     from minserve.dispatch.clock import Clock
     from minserve.dispatch.request import Reply, Request
+    from minserve.telemetry.meters import ModelMeters
 
 logger = logging.getLogger(__name__)
+
+DESCRIBE = "describe"  # the operation of a request that asks about the model, and is counted nowhere
 
 
 class Lane(Protocol):
@@ -42,12 +46,23 @@ class Dispatcher:
         max_delay: seconds the oldest request may wait for company; 0 means none waits.
         queue_limit: most requests that wait; those being worked on do not count.
         retries: how often a request is sent again whose worker failed with it in flight.
+
+    Attributes:
+        meters: of the model version, for all who have a share in its requests.
     """
 
     def __init__(
-        self, clock: Clock, model: str, batch_size: int, max_delay: float, queue_limit: int, retries: int = 0
+        self,
+        clock: Clock,
+        model: str,
+        batch_size: int,
+        max_delay: float,
+        queue_limit: int,
+        retries: int = 0,
+        meters: ModelMeters | None = None,
     ) -> None:
         self._clock = clock
+        self.meters = unwatched() if meters is None else meters
         self._model = model
         self._batch_size = batch_size
         self._max_delay = max_delay
@@ -58,6 +73,8 @@ class Dispatcher:
         self._live: set[Request] = set()  # queued and in flight
         self._lanes: deque[Lane] = deque()
         self._refusal: MinServeError | None = None
+        self._idle = asyncio.Event()
+        self._idle.set()
         self._cut_alarm = Alarm(clock, self._cut)
         self._deadline_alarm = Alarm(clock, self._expire)
         self._wake_pending = False
@@ -70,13 +87,17 @@ class Dispatcher:
         Raises:
             MinServeError: it was refused, expired, or failed with its worker.
         """
+        if request.meta.operation != DESCRIBE:
+            self.meters.arrived(request.named)
         if self._refusal is not None:
             raise self._refusal.with_traceback(None)
         if len(self._queue) >= self._queue_limit:
             raise self._full()
         request.arrived = self._clock.time()
+        request.entered = self.meters.now()
         self._queue.append(request)
         self._live.add(request)
+        self._idle.clear()
         self._deadline_alarm.at(request.deadline)
         self.wake()
         try:
@@ -88,6 +109,8 @@ class Dispatcher:
             raise
         finally:
             self._live.discard(request)
+            if not self._live:
+                self._idle.set()
 
     @property
     def queued(self) -> int:
@@ -103,6 +126,10 @@ class Dispatcher:
     def oldest_wait(self) -> float:
         """Seconds that the oldest request in the queue has waited, 0 when it is empty."""
         return self._clock.time() - self._queue[0].arrived if self._queue else 0.0
+
+    async def answered(self) -> None:
+        """Waits until no request is left: each has its answer, a stream its first chunk."""
+        await self._idle.wait()
 
     # ── for the supervisor and the workers ──
 
@@ -198,13 +225,17 @@ class Dispatcher:
         return None
 
     def _take(self) -> list[Request]:
-        """Up to a batch of requests whose clients still wait. One that is tried again travels alone.
+        """Up to a batch of requests whose clients still wait, all of one operation. One that is tried again travels alone.
 
-        It may be what killed its last worker, and then shall not take others along.
+        It may be what killed its last worker, and then shall not take others along. Handlers for TorchServe ask the first
+        request of a batch whether to predict or to explain, and describe a batch of one.
         """
         now = self._clock.time()
         batch: list[Request] = []
         while self._queue and len(batch) < self._batch_size and not (batch and self._queue[0].attempts):
+            operation = self._queue[0].meta.operation
+            if batch and (operation == DESCRIBE or operation != batch[0].meta.operation):
+                break
             request = self._queue.popleft()
             if request.deadline <= now:
                 request.fail(self._too_late(request))
@@ -212,7 +243,20 @@ class Dispatcher:
                 batch.append(request)
                 if request.attempts:
                     break
+        if batch:
+            self._measure(batch)
         return batch
+
+    def _measure(self, batch: list[Request]) -> None:
+        """How long each has waited: for company until the batch was full or the oldest's time was up, then for a place."""
+        meters = self.meters
+        now, due = meters.now(), 0.0
+        if self._max_delay and self._batch_size > 1:
+            last = batch[-1].entered if len(batch) == self._batch_size else batch[0].entered + self._max_delay
+            due = min(last, now)
+        for request in batch:
+            request.sent = now
+            meters.left_queue(request.entered, due, now)
 
     def _may_retry(self, request: Request) -> bool:
         if request.reply.done() or request.stream is not None or self._refusal is not None:
@@ -221,7 +265,7 @@ class Dispatcher:
 
     def _full(self) -> QueueFull:
         error = QueueFull(
-            f'Model "{self._model}": {len(self._queue)} requests wait already, jobQueueSize allows no more'
+            f"{no_workers(self._model)}: {len(self._queue)} requests wait already, jobQueueSize allows no more"
         )
         rate = self._rate.per_second()
         error.retry_after = len(self._queue) / rate if rate else None

@@ -108,7 +108,8 @@ class Request:
     """One client's request: `meta` and `bodies` as every rank gets them, and where its answer goes.
 
     `deadline` is a time on the dispatcher's clock. `reply` is set exactly once. `worker` is empty while it waits. `attempts`
-    counts the workers that failed with it in flight.
+    counts the workers that failed with it in flight. `named` says that the client has named the version. `entered` and
+    `sent` are on the clock of its meters: when it was admitted, and when it went into a batch.
     """
 
     meta: RequestMeta
@@ -119,6 +120,9 @@ class Request:
     worker: str = ""
     attempts: int = 0
     stream: Stream | None = field(default=None)
+    named: bool = False
+    entered: float = 0.0
+    sent: float = 0.0
 
     def answer(self, answer: Answer, body: Buffer) -> None:
         """Rank 0's whole answer, or the end of its stream. Dropped when nobody waits for it any more."""

@@ -1,49 +1,136 @@
-"""The two aiohttp applications, inference and management, and what runs them."""
+"""The aiohttp applications, one for each address, what stands in front of their routes, and what runs them."""
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from aiohttp import http_parser, web
 
+from minserve.config.addresses import Address, Role, parse_address
 from minserve.errors import StartupError
+from minserve.frontend.aliases import Aliases
+from minserve.frontend.auth import KEY_FILE, Keys, Kind, TokenRoute
 from minserve.frontend.connections import Connections
+from minserve.frontend.cors import Cors
+from minserve.frontend.docs import Docs
+from minserve.frontend.guard import Guard
 from minserve.frontend.headers import finish_headers
 from minserve.frontend.health import Health
 from minserve.frontend.inference import Inference
+from minserve.frontend.kserve import KServe
 from minserve.frontend.management import Management
-from minserve.frontend.routing import add_not_found
+from minserve.frontend.metrics import METRICS, MetricsRoute, count_answers
+from minserve.frontend.openapi import Description
+from minserve.frontend.routing import Routes, add_not_found
 
 if TYPE_CHECKING:
     from minserve.config.server import ServerOptions
+    from minserve.frontend.routing import Check
     from minserve.registry.models import Registry
 
 
+_TITLES = {
+    Role.INFERENCE: "minserve: inference",
+    Role.MANAGEMENT: "minserve: management",
+    Role.METRICS: "minserve: metrics",
+}
 SHUTDOWN_TIMEOUT_S = 5.0  # for clients that are slow to read an answer; by then no request is left in flight
 
 
-def inference_app(registry: Registry, options: ServerOptions) -> web.Application:
+def make_keys(options: ServerOptions) -> Keys | None:
+    """The keys of a server, in a fresh key file of the current folder; None: it asks for none.
+
+    Raises:
+        StartupError: the file cannot be written.
+    """
+    if options.disable_token_authorization:
+        return None
+    return Keys(Path.cwd() / KEY_FILE, options.token_expiration_min)
+
+
+def inference_app(registry: Registry, options: ServerOptions, keys: Keys | None = None) -> web.Application:
     """What listens on the inference port."""
-    app = _application(options)
-    Health(registry).add_routes(app.router)
-    Inference(registry, options).add_routes(app.router)
-    add_not_found(app.router)
+    app, routes = _application(registry, options, keys, Role.INFERENCE)
+    _add_inference(routes, registry, options)
+    add_not_found(routes)
     return app
 
 
-def management_app(registry: Registry, options: ServerOptions) -> web.Application:
+def management_app(registry: Registry, options: ServerOptions, keys: Keys | None = None) -> web.Application:
     """What listens on the management port."""
-    app = _application(options)
-    Health(registry).add_routes(app.router)
-    Management(registry).add_routes(app.router)
-    add_not_found(app.router)
+    app, routes = _application(registry, options, keys, Role.MANAGEMENT)
+    Health(registry, options).add_routes(routes)
+    _add_management(routes, registry, options, keys)
+    add_not_found(routes)
     return app
 
 
-def _application(options: ServerOptions) -> web.Application:
+def metrics_app(registry: Registry, options: ServerOptions) -> web.Application:
+    """What listens on the metrics port. It asks for no key, as with TorchServe."""
+    app, routes = _application(registry, options, None, Role.METRICS)
+    MetricsRoute(registry).add_routes(routes)
+    add_not_found(routes)
+    return app
+
+
+def combined_app(registry: Registry, options: ServerOptions, keys: Keys | None = None) -> web.Application:
+    """What listens on the one port of inference and management, with the metrics beside them, as TorchServe has it.
+
+    Each route asks for the key of its own kind; TorchServe asks management calls for both in one header.
+    """
+    app, routes = _application(registry, options, keys, Role.INFERENCE)
+    management = routes.behind(
+        keys.require(Kind.MANAGEMENT) if keys is not None else None, *_guard(options, Role.MANAGEMENT)
+    )
+    if options.enable_metrics_api:
+        MetricsRoute(registry).add_routes(management)
+    _add_inference(routes, registry, options)  # first, as with TorchServe: /models/{model}/invoke is no model's version
+    _add_management(management, registry, options, keys)
+    add_not_found(routes)
+    return app
+
+
+def _add_inference(routes: Routes, registry: Registry, options: ServerOptions) -> None:
+    Health(registry, options).add_routes(routes)
+    inference = Inference(registry, options)
+    for these in (inference, KServe(registry, inference), Aliases(registry, inference)):
+        these.add_routes(routes)
+
+
+def _add_management(routes: Routes, registry: Registry, options: ServerOptions, keys: Keys | None) -> None:
+    Management(registry, options).add_routes(routes)
+    Docs().add_routes(routes)
+    if keys is not None:
+        TokenRoute(keys).add_routes(routes)
+
+
+def _application(
+    registry: Registry, options: ServerOptions, keys: Keys | None, role: Role
+) -> tuple[web.Application, Routes]:
+    """An application that describes itself, and where its routes are added."""
     app = web.Application(client_max_size=options.max_request_size)
+    app[METRICS] = registry.metrics
     app.on_response_prepare.append(finish_headers)
-    return app
+    app.on_response_prepare.append(count_answers(registry.metrics))
+    cors = Cors(options)
+    if cors.on:
+        app.on_response_prepare.append(cors.add_headers)
+    description = Description(registry, _TITLES[role], name_models=keys is None)
+    checks = () if role is Role.INFERENCE else _guard(options, role)
+    if cors.on:
+        checks = (*checks, cors.preflight)
+    key = keys.require(Kind.INFERENCE if role is Role.INFERENCE else Kind.MANAGEMENT) if keys is not None else None
+    routes = Routes(app.router, checks, key, description.one)
+    description.add_routes(routes)
+    return app, routes
+
+
+def _guard(options: ServerOptions, role: Role) -> tuple[Check, ...]:
+    """The check of hosts and origins. No browser reaches a unix socket."""
+    text = options.management_address if role is Role.MANAGEMENT else options.metrics_address
+    address = parse_address(text, role) if text else Address(options.host)
+    return () if address.path else (Guard(address.host, options.allowed_hosts, Cors(options)),)
 
 
 def runner(app: web.Application, options: ServerOptions) -> web.AppRunner:
@@ -59,7 +146,7 @@ class _Runner(web.AppRunner):
         self._options = options
 
     async def _make_server(self) -> web.Server:
-        return Connections(await super()._make_server(), self._options)
+        return Connections(await super()._make_server(), self._options, self.app.get(METRICS))
 
 
 def require_c_parser() -> None:

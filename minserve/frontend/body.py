@@ -121,12 +121,24 @@ def split_body(body: bytes, content_type: str) -> tuple[tuple[Part, ...], list[B
     elif mime == URL_ENCODED:
         fields = _url_encoded(body)
     else:
-        return (Part("body", kind, len(body)),), [body]
+        return (Part("body", kind.partition(";")[0].strip(), len(body)),), [body]
     size = sum(len(name) + len(kind) for name, (kind, _) in fields.items())
     if size > MAX_NAMES:
         raise BadRequest(f"bad form: names and types of {size} characters, at most {MAX_NAMES} are allowed")
     parts = tuple(Part(name, kind, len(value)) for name, (kind, value) in fields.items())
     return parts, [value for _, value in fields.values()]
+
+
+def query_fields(query: str) -> dict[str, bytes]:
+    """The fields of a query string, as bytes; of several with one name the last.
+
+    Raises:
+        BadRequest: there are too many.
+    """
+    try:
+        return _fields(query.encode())
+    except ValueError as error:
+        raise BadRequest(f"bad query: {error}") from None
 
 
 def printable(text: str) -> str:
@@ -135,12 +147,18 @@ def printable(text: str) -> str:
 
 
 def _url_encoded(body: bytes) -> dict[str, tuple[str, Buffer]]:
-    text = body.decode("latin-1")  # a byte for a byte: what is not ASCII comes out as it went in
+    # A last field without a `=` is none to TorchServe: JSON that `curl -d` has sent as a form gives no field at all.
+    body = body if b"=" in body[body.rfind(b"&") + 1 :] else body[: body.rfind(b"&") + 1]
     try:
-        pairs = parse_qsl(text, keep_blank_values=True, encoding="latin-1", max_num_fields=MAX_FIELDS)
+        return {name: ("", value) for name, value in _fields(body).items()}
     except ValueError as error:
         raise BadRequest(f"bad url-encoded body: {error}") from None
-    return {name.encode("latin-1").decode("utf-8", "replace"): ("", value.encode("latin-1")) for name, value in pairs}
+
+
+def _fields(encoded: bytes) -> dict[str, bytes]:
+    text = encoded.decode("latin-1")  # a byte for a byte: what is not ASCII comes out as it went in
+    pairs = parse_qsl(text, keep_blank_values=True, encoding="latin-1", max_num_fields=MAX_FIELDS)
+    return {name.encode("latin-1").decode("utf-8", "replace"): value.encode("latin-1") for name, value in pairs}
 
 
 def _multipart(body: bytes, content_type: str) -> dict[str, tuple[str, Buffer]]:

@@ -166,6 +166,8 @@ class Connection(web.RequestHandler):
             logger.debug("%s: refused with %d: %s", request.remote, error.status, error)
         if request.writer.output_size > 0:
             raise ConnectionError("an answer has begun, and another cannot follow in its place")
+        if self._manager is not None:
+            self._manager.answered(error.status)
         response = error_response(error)
         response.headers["Server"] = "minserve"
         response.headers["Connection"] = "close"  # aiohttp answers as to HTTP/1.0, which closes without a word
@@ -187,6 +189,8 @@ class Connection(web.RequestHandler):
         starting = self._waiter is not None
         if starting and not self._messages:
             return False  # nothing to answer
+        if self.transport is not None and self.transport.get_extra_info("sslcontext") is not None:
+            return False  # TLS ends in both directions at once
         self._half_closed = True
         if self._messages and not self._messages[-1][1].is_eof():
             self._messages[-1] = (_complaint(_cut_short()), EMPTY_PAYLOAD)
@@ -230,6 +234,8 @@ class Connection(web.RequestHandler):
         if self.transport is None or self.transport.is_closing():
             return
         client = self.transport.get_extra_info("socket")
+        if client.family == socket.AF_UNIX:
+            return  # the probe itself has failed then
         if client.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 1)[0] == _TCP_CLOSE:
             self.transport.abort()
 

@@ -8,12 +8,14 @@ from typing import TYPE_CHECKING, cast
 from aiohttp import web
 
 from minserve.errors import Unavailable
+from minserve.frontend.access_log import ACCESS, AccessLogger
 from minserve.frontend.connection import Connection
 from minserve.frontend.errors import error_response
 from minserve.frontend.headers import REQUEST_ID, request_id
 
 if TYPE_CHECKING:
     from minserve.config.server import ServerOptions
+    from minserve.telemetry.metrics import Metrics
 
 LOOK_EVERY_S = 1.0
 READ_AHEAD = 65536  # bytes read of a body that nobody wants yet, twice that at most
@@ -23,18 +25,20 @@ LINGER_S = 5.0  # how long the rest of a refused body is read, so that its sende
 class Connections(web.Server):
     """The connections of one port. Made from aiohttp's own server of an application."""
 
-    def __init__(self, plain: web.Server, options: ServerOptions) -> None:
+    def __init__(self, plain: web.Server, options: ServerOptions, metrics: Metrics | None = None) -> None:
         # A client that disconnects cancels its request, which takes it out of the queue.
         super().__init__(plain.request_handler, request_factory=plain.request_factory, handler_cancellation=True)
         self.options = options
+        self._metrics = metrics
         self._look_soon()
 
     def __call__(self) -> web.RequestHandler:
-        """A new connection. An access log costs as much as the rest of aiohttp, and decompression lets a small body grow."""
+        """A new connection. Decompression would let a small body grow."""
         return Connection(
             self,
             loop=self._loop,
-            access_log=None,
+            access_log=ACCESS if self.options.access_log else None,
+            access_log_class=AccessLogger,
             auto_decompress=False,
             read_bufsize=READ_AHEAD,
             lingering_time=LINGER_S,
@@ -47,7 +51,13 @@ class Connections(web.Server):
 
     def refuse(self, transport: asyncio.Transport) -> None:
         """Takes over a connection that is one too many."""
+        self.answered(503)
         transport.set_protocol(_Refused(transport, self.options.max_connections))
+
+    def answered(self, status: int) -> None:
+        """Counts an answer that goes past the application."""
+        if self._metrics is not None:
+            self._metrics.answered(status)
 
     async def shutdown(self, timeout: float | None = None) -> None:
         """Ends all connections, those at work after at most `timeout` seconds."""

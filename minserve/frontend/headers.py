@@ -1,4 +1,4 @@
-"""What is in the head of every answer: the server's name and the request's id."""
+"""What is in the head of every answer: the server's name, the request's id, and that nobody may keep it."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import random
 import re
 from typing import TYPE_CHECKING, cast
 
-from aiohttp import hdrs, web
+from aiohttp import HttpVersion11, hdrs, web
 from multidict import istr
 
 from minserve.errors import NotFound
@@ -16,6 +16,11 @@ if TYPE_CHECKING:
     from collections.abc import Mapping
 
 REQUEST_ID = istr("x-request-id")
+UNCACHED = (  # TorchServe's, word for word
+    (hdrs.PRAGMA, "no-cache"),
+    (hdrs.CACHE_CONTROL, "no-cache; no-store, must-revalidate, private"),
+    (hdrs.EXPIRES, "Thu, 01 Jan 1970 00:00:00 UTC"),
+)
 UNTYPED = ""  # stands for Content-Type on an answer that shall have none: aiohttp sets its own where it is missing
 ID = web.RequestKey("request_id", str)
 _CLIENT_ID = re.compile(r"[A-Za-z0-9._-]{1,128}")
@@ -37,12 +42,16 @@ async def finish_headers(request: web.Request, response: web.StreamResponse) -> 
     """Called for each answer before its headers go out."""
     headers = response.headers
     headers[hdrs.SERVER] = "minserve"
+    for name, value in UNCACHED:
+        headers.setdefault(name, value)  # a handler that sets one knows better
     if REQUEST_ID not in headers:  # an error's answer has the id that the handler has seen, if it came that far
         headers[REQUEST_ID] = request.get(ID) or request_id(request.headers)
         if isinstance(response, web.HTTPException):
             _make_ours(response)
     if headers.get(hdrs.CONTENT_TYPE) == UNTYPED:
         del headers[hdrs.CONTENT_TYPE]
+    if hdrs.CONNECTION not in headers and request.version >= HttpVersion11:
+        headers[hdrs.CONNECTION] = "keep-alive"  # goes without saying in HTTP/1.1; TorchServe says it, and so some look
 
 
 def _make_ours(response: web.Response) -> None:

@@ -1,81 +1,112 @@
-"""The management routes: TorchServe's /models and /models/{model} (torchserve.md 2.3, 2.4) with our fields, and our own."""
+"""The management routes: TorchServe's under /models with our fields (torchserve.md 2.3, 2.4), and our own.
+
+Those that change what is served are in `frontend.changing`.
+"""
 
 from __future__ import annotations
 
-import time
+import asyncio
 from typing import TYPE_CHECKING
 
-import psutil
+import msgspec
 from aiohttp import hdrs, web
 
-from minserve.errors import BadRequest, ConfigError, MinServeError, WorkerFailed
+from minserve.dispatch.request import Request
+from minserve.errors import BadRequest, ConfigError, MinServeError, NoWorkers, Unavailable, WorkerFailed
+from minserve.frontend.changing import Changing
+from minserve.frontend.describing import describe_event, describe_model
 from minserve.frontend.errors import json_response
+from minserve.frontend.headers import ID, request_id
+from minserve.frontend.kserve import takes_requests
+from minserve.frontend.parameters import flag
 from minserve.frontend.recording import record
-from minserve.frontend.routing import READ, add_route
+from minserve.frontend.routing import READ, add_route, add_routes
 from minserve.telemetry.events import SCHEMA
+from minserve.wire.messages import RequestMeta
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
-
+    from minserve.config.server import ServerOptions
+    from minserve.dispatch.request import Reply
+    from minserve.frontend.describing import Json
+    from minserve.frontend.routing import Handler, Routes
     from minserve.registry.models import Registry, ServedModel
     from minserve.telemetry.events import Event
-    from minserve.worker.worker import WorkerReport
 
-Json = dict[str, object]
 DEFAULT_LIMIT = 100
 
 
 class Management:
     """The routes under /models."""
 
-    def __init__(self, registry: Registry) -> None:
+    def __init__(self, registry: Registry, options: ServerOptions) -> None:
         self._registry = registry
+        self._changing = Changing(registry, options)
+        self._model_api = options.enable_model_api
 
-    def add_routes(self, router: web.UrlDispatcher) -> None:
-        """Listing, describing, events, reload and record. The words among them come first: none is a version."""
-        add_route(router, READ, "/models", self.list_models)
-        add_route(router, READ, "/models/{model}", self.describe)
+    def add_routes(self, routes: Routes) -> None:
+        """Every route of the management port. The words among them come first: none is a version."""
+        changing = self._changing
+        every: dict[str, Handler] = dict.fromkeys(READ, self.list_models)
+        one: dict[str, Handler] = {**dict.fromkeys(READ, self.describe), hdrs.METH_PUT: changing.scale}
+        if self._model_api:  # without them the router says 405, as TorchServe does
+            every[hdrs.METH_POST] = changing.register
+            one[hdrs.METH_DELETE] = changing.unregister
+        add_routes(routes, "/models", every)
+        add_routes(routes, "/models/{model}", one)
         for version in ("", "/{version}"):
-            add_route(router, READ, f"/models/{{model}}{version}/events", self.events)
-            add_route(router, (hdrs.METH_POST,), f"/models/{{model}}{version}/reload", self.reload)
-            add_route(router, (hdrs.METH_GET,), f"/models/{{model}}{version}/record", self.record)
-        add_route(router, READ, "/models/{model}/{version}", self.describe)
+            add_route(routes, READ, f"/models/{{model}}{version}/events", self.events)
+            add_route(routes, (hdrs.METH_POST,), f"/models/{{model}}{version}/reload", self.reload)
+            add_route(routes, (hdrs.METH_GET,), f"/models/{{model}}{version}/record", self.record)
+        add_route(routes, (hdrs.METH_PUT,), "/models/{model}/{version}/set-default", changing.set_default)
+        add_routes(routes, "/models/{model}/{version}", one)
+        add_route(routes, READ, "/v1/models/{model}", self.readiness)
 
     async def list_models(self, request: web.Request) -> web.Response:
-        """A page of models, by name. `nextPageToken` is there while more follow."""
-        models: list[Json] = [
-            {"modelName": model.spec.name, "modelUrl": str(model.spec.model_dir)} for model in self._registry.models()
-        ]
-        models += [{"modelName": name, "modelUrl": ""} for name in sorted(self._registry.broken)]
+        """A page of models with their default versions, by name. `nextPageToken` is there while more may follow."""
+        models = {model.spec.name: _url(model) for model in self._registry.models() if model.is_default}
+        for name in self._registry.broken:
+            models.setdefault(name, await asyncio.to_thread(self._url_of_broken, name))
         limit = _number(request, "limit", DEFAULT_LIMIT)
         if not 0 <= limit <= DEFAULT_LIMIT:
             limit = DEFAULT_LIMIT
         start = max(0, _number(request, "next_page_token", 0))
-        answer: Json = {"models": models[start : start + limit]}
-        if start + limit < len(models):
+        page = [{"modelName": name, "modelUrl": models[name]} for name in sorted(models)[start : start + limit]]
+        answer: Json = {"models": page}
+        if start + limit <= len(models):  # TorchServe has one also where nothing follows, and then an empty page
             answer = {"nextPageToken": str(start + limit), **answer}
         return json_response(answer)
 
     async def describe(self, request: web.Request) -> web.Response:
-        """One model version, the default one, or all."""
+        """One model version, the default one, or all. `customized=true` asks the model's handler, too."""
         name, version = request.match_info["model"], request.match_info.get("version")
-        if version == "all":
-            versions = [model for model in self._registry.models() if model.spec.name == name]
-            if versions:
-                return json_response([describe_model(model) for model in versions])
-        if name in self._registry.broken:
+        versions = self._registry.versions(name)
+        at_startup = any(model.loaded_at_startup for model in versions)
+        if version == "all" and versions:
+            return json_response([describe_model(model, at_startup) for model in versions])
+        if name in self._registry.broken and not versions:
             return json_response([{"modelName": name, "lastError": str(self._registry.broken[name]), "workers": []}])
-        return json_response([describe_model(self._registry.find(name, version))])
+        model = self._registry.find(name, version)
+        if not flag(request.query.get("customized"), default=False):
+            return json_response([describe_model(model, at_startup)])
+        customized = await _customized(request, model)
+        response = json_response([describe_model(model, at_startup, customized)])
+        response.set_status(response.status, "")  # it is a handler's answer, in part, and those have no phrase
+        return response
+
+    async def readiness(self, request: web.Request) -> web.Response:
+        """KServe's question, v1: whether the default version takes requests. TorchServe says yes while it loads."""
+        model = self._registry.find(request.match_info["model"])
+        return json_response({"name": model.spec.name, "ready": takes_requests(model)})
 
     async def events(self, request: web.Request) -> web.Response:
         """What has happened to the workers of a model version, newest last: `limit` events, by default all that are kept."""
         name = request.match_info["model"]
         events: list[Event] = []
-        if name not in self._registry.broken:
+        if name not in self._registry.broken or self._registry.versions(name):
             log = self._registry.find(name, request.match_info.get("version")).events
             limit = _number(request, "limit", 0)
             events = log.latest(limit) if limit > 0 else log.latest()
-        return json_response({"schema": SCHEMA, "model": name, "events": [_describe_event(event) for event in events]})
+        return json_response({"schema": SCHEMA, "model": name, "events": [describe_event(event) for event in events]})
 
     async def reload(self, request: web.Request) -> web.Response:
         """Puts workers of the model directory as it is now in the place of those there are. Answers when that is done."""
@@ -94,110 +125,44 @@ class Management:
             request, self._registry.find(request.match_info["model"], request.match_info.get("version"))
         )
 
-
-def describe_model(model: ServedModel) -> Json:
-    """TorchServe's description of a model version and ours."""
-    spec, config, queue = model.spec, model.spec.config, model.dispatcher
-    reports = model.supervisor.report()
-    unhealthy = model.supervisor.unhealthy
-    description: Json = {
-        "modelName": spec.name,
-        "modelVersion": spec.version,
-        "modelUrl": str(spec.model_dir),
-        "runtime": "python",
-        "minWorkers": model.workers,
-        "maxWorkers": config.max_workers_or(model.workers),
-        "batchSize": config.batch_size,
-        "maxBatchDelay": config.max_batch_delay,
-        "responseTimeout": _seconds(spec.response_timeout),
-        "startupTimeout": _seconds(spec.startup_timeout),
-        "maxRetryTimeoutInSec": _seconds(config.max_retry_timeout_in_sec),
-        "clientTimeoutInMills": config.client_timeout_in_mills,
-        "parallelType": str(config.parallel_type),
-        "parallelLevel": spec.world_size if config.is_parallel else config.parallel_level or 0,
-        "deviceType": "gpu" if any(report.devices for report in reports) else "cpu",
-        **({"deviceIds": list(config.device_ids)} if config.device_ids else {}),
-        "continuousBatching": config.continuous_batching,
-        "useJobTicket": config.use_job_ticket,
-        "useVenv": config.use_venv,
-        "stateful": config.sequence_batching,
-        "sequenceMaxIdleMSec": config.sequence_max_idle_m_sec,
-        "sequenceTimeoutMSec": config.sequence_timeout_m_sec,
-        "maxNumSequence": config.max_num_sequence,
-        "maxSequenceJobQueueSize": config.max_sequence_job_queue_size,
-        "loadedAtStartup": True,
-        "workers": [_describe_worker(report) for report in reports],
-        "jobQueueStatus": {"remainingCapacity": queue.remaining, "pendingRequests": queue.queued},
-        "ready": any(report.serving for report in reports),
-    }
-    if unhealthy is not None:
-        description["unhealthy"] = str(unhealthy)
-    if model.supervisor.not_ready is not None:
-        description["notReady"] = model.supervisor.not_ready
-    return description
-
-
-def _describe_worker(report: WorkerReport) -> Json:
-    pids = [rank.pid for rank in report.ranks if rank.pid]
-    worker: Json = {
-        "id": str(report.number),
-        "startTime": _timestamp(report.started_at),
-        "status": "READY" if report.serving else "UNLOADING",
-        "memoryUsage": _memory(pids),
-        "pid": report.agent_pid,
-        "gpu": report.devices is not None,
-        "gpuUsage": "N/A" if report.devices is None else f"devices: {report.devices}",
-        "state": str(report.state),
-        "restarts": report.restarts,
-        "ranks": [
-            {
-                "rank": rank.rank,
-                "pid": rank.pid,
-                "endpoint": rank.endpoint,
-                "progress": rank.progress,
-            }
-            for rank in report.ranks
-        ],
-    }
-    if report.last_error:
-        worker["lastError"] = report.last_error
-        worker["lastErrorTime"] = _timestamp(report.last_error_at)
-        worker["lastLines"] = list(report.last_lines)
-    return worker
-
-
-def _describe_event(event: Event) -> Json:
-    return {
-        "time": _timestamp(event.at),
-        "model": event.model,
-        "worker": event.worker,
-        "rank": event.rank,
-        "pid": event.pid,
-        "kind": str(event.kind),
-        "detail": event.detail,
-        "count": event.count,
-    }
-
-
-def _memory(pids: Iterable[int]) -> int:
-    """Resident bytes of the ranks together."""
-    total = 0
-    for pid in pids:
+    def _url_of_broken(self, name: str) -> str:
         try:
-            total += psutil.Process(pid).memory_info().rss
-        except psutil.Error:  # it has just ended
-            continue
-    return total
+            location = self._registry.location(name)
+        except ConfigError:
+            return ""
+        return location.url or str(location.path)
 
 
-def _timestamp(when: float) -> str:
-    milliseconds = int(when * 1000) % 1000
-    return f"{time.strftime('%Y-%m-%dT%H:%M:%S', time.gmtime(when))}.{milliseconds:03d}Z"
+def _url(model: ServedModel) -> str:
+    return model.spec.url or str(model.spec.model_dir)
 
 
-def _seconds(value: float) -> float:
-    """Whole seconds as an integer, which is all that TorchServe has."""
-    return int(value) if value.is_integer() else value
+async def _customized(request: web.Request, model: ServedModel) -> Json:
+    """What the handler says of itself, if that is a JSON object; else nothing.
+
+    Raises:
+        MinServeError: there is no worker to ask, or the handler fails.
+    """
+    loop = asyncio.get_running_loop()
+    # A key that opens this port is no handler's affair.
+    headers = tuple(header for header in request.raw_headers if header[0].lower() != b"authorization")
+    id_ = request[ID] = request_id(request.headers)
+    meta = RequestMeta(id_, headers, (), operation="describe")
+    reply: asyncio.Future[Reply] = loop.create_future()
+    try:
+        answer = await model.dispatcher.submit(Request(meta, (), loop.time() + model.spec.request_timeout, reply))
+    except NoWorkers:
+        raise Unavailable(
+            f'Model "{model.spec.name}" has no worker to serve describe request. '
+            "Please use scale workers API to add workers."
+        ) from None
+    if answer.stream is not None:
+        answer.stream.mute()
+    try:
+        told: object = msgspec.json.decode(answer.body)
+    except msgspec.DecodeError:
+        return {}
+    return told if isinstance(told, dict) else {}
 
 
 def _number(request: web.Request, name: str, default: int) -> int:

@@ -1,13 +1,18 @@
-"""A streaming answer: each chunk goes to the client as it comes, in chunked transfer encoding."""
+"""A streaming answer: each chunk goes to the client as it comes, in chunked transfer encoding.
+
+To a client that asks for server-sent events (the HTML standard, section 9.2) each chunk is one event.
+"""
 
 from __future__ import annotations
 
+import json
 import logging
+import re
 import socket
 import struct
 from typing import TYPE_CHECKING, cast
 
-from aiohttp import HttpVersion11, web
+from aiohttp import HttpVersion11, hdrs, web
 
 from minserve.errors import MinServeError
 
@@ -16,11 +21,17 @@ if TYPE_CHECKING:
 
     from minserve.dispatch.request import Reply, Stream
     from minserve.frontend.connection import Connection
+    from minserve.wire.messages import Buffer
 
 logger = logging.getLogger(__name__)
 
 # aiohttp frames no chunks for these: a body would be taken for the next answer's bytes
 BODILESS = frozenset({204, 304})
+EVENTS = "text/event-stream"
+MORE = "ts_stream_next"  # by which TorchServe's clients know a stream
+_NO_BUFFER = "X-Accel-Buffering"  # nginx would gather events
+_LINE_END = re.compile(rb"\r\n|\r|\n")
+_TEXT = re.compile(r"text/|application/[^;]*json", re.IGNORECASE)
 
 
 async def stream_reply(
@@ -33,13 +44,18 @@ async def stream_reply(
     had left.
 
     A stream that breaks off ends without its last chunk and with a closed connection, so that no client takes the part for
-    the whole.
+    the whole. Where it is one of events, one called `error` with the error's JSON goes before.
 
     Args:
         stall_timeout: seconds for which the client may take no byte.
     """
     try:  # from the first line on: a stream that is not muted in the end would hold its ranks for ever
-        response = web.StreamResponse(status=reply.status, reason=reply.reason or None, headers=headers)
+        as_events = _shall_be_events(request, headers)
+        if as_events:
+            headers[hdrs.CONTENT_TYPE] = EVENTS
+            headers.setdefault(_NO_BUFFER, "no")
+        headers[MORE] = "true"
+        response = web.StreamResponse(status=reply.status, reason=reply.reason, headers=headers)
         if request.version >= HttpVersion11:
             response.enable_chunked_encoding()
         else:
@@ -48,17 +64,56 @@ async def stream_reply(
             await response.prepare(request)
             while (chunk := await stream.next()) is not None:
                 if reply.status not in BODILESS:
-                    await response.write(chunk)
+                    await response.write(event_of(chunk) if as_events else chunk)
                     await request.writer.drain()  # aiohttp does it every 64 KiB only
             await response.write_eof()
     except MinServeError as error:
         logger.warning("%s: stream broken off: %s", request.raw_path, error)
-        _break_off(request)
+        if headers.get(hdrs.CONTENT_TYPE, "").startswith(EVENTS) and reply.status not in BODILESS:
+            await _end_with_event(request, response, error, b"" if as_events else b"\n\n")
+        else:
+            _break_off(request)
     except ConnectionError as error:  # seen before the loop has cancelled this call
         logger.debug("%s: the client has left its stream: %s", request.raw_path, error)
     finally:
         stream.mute()
     return response
+
+
+def event_of(chunk: Buffer) -> bytes:
+    """A chunk as the data of one event, of nothing none. Line ends alone do not stay as they are."""
+    if not len(chunk):
+        return b""
+    return b"".join(b"data: %b\n" % line for line in _LINE_END.split(bytes(chunk))) + b"\n"
+
+
+def _shall_be_events(request: web.Request, headers: CIMultiDict[str]) -> bool:
+    """Whether chunks become events: the client asks for them by name, and the handler sends text that is none yet."""
+    kind = headers.get(hdrs.CONTENT_TYPE, "")
+    if kind.lower().startswith(EVENTS) or (kind and not _TEXT.match(kind)):
+        return False
+    for wanted in request.headers.get(hdrs.ACCEPT, "").lower().split(","):
+        name, *parameters = (part.strip() for part in wanted.split(";"))
+        if name == EVENTS:
+            return not any(re.fullmatch(r"q=0(\.0*)?", parameter) for parameter in parameters)
+    return False
+
+
+async def _end_with_event(
+    request: web.Request, response: web.StreamResponse, error: MinServeError, before: bytes
+) -> None:
+    """An `error` event, which a client sees as it sees the others, and the end of the connection without the last chunk.
+
+    Args:
+        before: ends the event that a handler may not have finished.
+    """
+    text = json.dumps({"code": error.status, "type": error.type_name, "message": str(error)})
+    try:
+        await response.write(b"%bevent: error\ndata: %b\n\n" % (before, text.encode()))
+    except ConnectionError:
+        return  # it has left meanwhile
+    if request.transport is not None:
+        request.transport.close()  # what waits in it still goes out
 
 
 def _break_off(request: web.Request) -> None:

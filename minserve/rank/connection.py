@@ -37,6 +37,7 @@ class Connection:
         self._reader = FrameReader(MAX_BATCH_BYTES, FROM_SERVER)
         self._frames: deque[Frame] = deque()
         self._sending = threading.Lock()  # a streaming handler may send from a thread of its own
+        self._held: list[Buffer] = []
 
     def hello(self, launch: Launch) -> None:
         """Says who this rank is."""
@@ -53,15 +54,36 @@ class Connection:
         while not self._frames:
             # A recv that waits on a unix socket also wakes when the server reads what this rank has sent; a poll does not.
             self._poll.poll()
-            try:
-                count = self.socket.recv_into(self._reader.buffer())
-            except ConnectionError:
-                count = 0
-            if not count:
-                self.lost = True
-                raise Disconnected
-            self._frames.extend(self._reader.received(count))
+            self._read()
         return self._frames.popleft()
+
+    @property
+    def pending(self) -> bool:
+        """Whether frames have been read that nobody has received yet."""
+        return bool(self._frames)
+
+    def receive_ready(self) -> list[Frame]:
+        """The frames that are pending; without any, those that one read gives, so that the socket must be readable.
+
+        Raises:
+            Disconnected: the server has closed the link.
+            WireError: the bytes are no frame.
+        """
+        if not self._frames:
+            self._read()
+        frames = list(self._frames)
+        self._frames.clear()
+        return frames
+
+    def _read(self) -> None:
+        try:
+            count = self.socket.recv_into(self._reader.buffer())
+        except ConnectionError:
+            count = 0
+        if not count:
+            self.lost = True
+            raise Disconnected
+        self._frames.extend(self._reader.received(count))
 
     def send(self, kind: Kind, message: Message, seq: int = 0) -> None:
         """Sends a frame without a body.
@@ -70,6 +92,11 @@ class Connection:
             Disconnected: the server has closed the link.
         """
         self._send([pack(kind, message, seq)])
+
+    def hold(self, kind: Kind, message: Message, seq: int = 0) -> None:
+        """Sends a frame with the next one, just in front of it: one system call, and one wake-up of the server."""
+        with self._sending:
+            self._held.append(pack(kind, message, seq))
 
     def send_with_body(self, kind: Kind, message: Message, bodies: list[Buffer], seq: int) -> None:
         """Sends a frame with a body in pieces, which are not joined.
@@ -81,6 +108,8 @@ class Connection:
 
     def _send(self, pieces: list[Buffer]) -> None:
         with self._sending:
+            if self._held:
+                pieces, self._held = [*self._held, *pieces], []
             try:
                 for start in range(0, len(pieces), MAX_PIECES):
                     self._send_all(pieces[start : start + MAX_PIECES])

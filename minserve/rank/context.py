@@ -5,20 +5,36 @@ One object for the life of the rank, so that handlers may keep things on it; wha
 
 from __future__ import annotations
 
+import copy
+import os
+from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
-if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+from minserve.rank.metric_cache import MetricsCache
+from minserve.wire.messages import RequestMeta
 
-    from minserve.wire.messages import RequestMeta
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
+    from minserve.rank.streaming import Chunks
+
+# Known to be the same for every batch, so that the copies of a context share them.
+_SHARED = frozenset({"manifest", "model_yaml_config", "system_properties", "stream"})
 
 
 class RequestProcessor:
-    """One request's headers, and the status and headers of its answer."""
+    """One request's headers, and the status and headers of its answer.
 
-    def __init__(self, meta: RequestMeta) -> None:
-        self._meta = meta
+    Args:
+        request: as it came, or (in authors' own tests) its headers.
+    """
+
+    def __init__(self, request: RequestMeta | Mapping[str, object]) -> None:
         self._headers: dict[str, object] | None = None
+        if isinstance(request, Mapping):
+            self._headers = dict(request)
+            request = RequestMeta("", (), ())
+        self._meta = request
         self.status = 200
         self.phrase = ""
         self.response_headers: dict[str, str] = {}
@@ -34,10 +50,12 @@ class RequestProcessor:
                 name.decode("latin-1"): value.decode("utf-8", "surrogateescape") for name, value in self._meta.headers
             }
             for part in self._meta.parts:
-                if part.content_type:
-                    headers[part.name] = {"content-type": part.content_type}
-            headers["url_path"] = self._meta.url_path
-            headers["explain"] = "False"
+                headers[part.name] = {"content-type": part.content_type}
+            if self._meta.operation == "describe":
+                headers["describe"] = "True"
+            else:
+                headers["url_path"] = self._meta.url_path
+                headers["explain"] = str(self._meta.operation == "explain")
             self._headers = headers
         return self._headers
 
@@ -89,7 +107,12 @@ class Context:
             server_name, server_version, limit_max_image_pixels.
         model_yaml_config: model-config.yaml as the author wrote it.
         request_ids: {index in the batch: request id}; None while the handler is initialised.
-        metrics: None until custom metrics are built.
+        metrics: where the handler records its own metrics.
+        stopping_criteria: for handlers that set it; without continuous batching nobody reads it.
+        header_key_sequence_id, header_key_sequence_start, header_key_sequence_end: names of the headers of a sequence.
+        stream: of this batch, where it is one of several under way; None where the rank has one at a time.
+
+    The arguments are those of TorchServe's, so that authors' tests of their handlers can make one.
     """
 
     def __init__(
@@ -97,31 +120,69 @@ class Context:
         model_name: str,
         model_dir: str,
         manifest: Mapping[str, object],
-        model_yaml_config: Mapping[str, object],
         batch_size: int,
-        gpu_id: int | None,
-        server_version: str,
+        gpu: int | None,
+        mms_version: str,
         limit_max_image_pixels: bool = True,
+        metrics: MetricsCache | None = None,
+        model_yaml_config: Mapping[str, object] | None = None,
     ) -> None:
         self.model_name = model_name
         self.manifest = manifest
-        self.model_yaml_config = model_yaml_config
+        self.model_yaml_config = model_yaml_config or {}
         self.system_properties: dict[str, object] = {
             "model_dir": model_dir,
-            "gpu_id": gpu_id,
+            "gpu_id": gpu,
             "batch_size": batch_size,
             "server_name": "MMS",
-            "server_version": server_version,
+            "server_version": mms_version,
             "limit_max_image_pixels": limit_max_image_pixels,
         }
         self.request_ids: dict[int, str] | None = None
         self.request_processor: list[RequestProcessor] = []
-        self.metrics = None
+        self.metrics = MetricsCache(model_name=model_name) if metrics is None else metrics
+        self.stopping_criteria: Sequence[Callable[[object], object]] | None = None
+        self.header_key_sequence_id = os.environ.get("TS_REQUEST_SEQUENCE_ID", "ts_request_sequence_id")
+        self.header_key_sequence_start = os.environ.get("TS_REQUEST_SEQUENCE_START", "ts_request_sequence_start")
+        self.header_key_sequence_end = os.environ.get("TS_REQUEST_SEQUENCE_END", "ts_request_sequence_end")
+        self.stream: Chunks | None = None
 
     def begin_batch(self, requests: Sequence[RequestMeta]) -> None:
         """A new batch: nothing of the last one may show through."""
         self.request_ids = {index: meta.id for index, meta in enumerate(requests)}
         self.request_processor = [RequestProcessor(meta) for meta in requests]
+        if isinstance(self.metrics, MetricsCache):  # a handler may have put something else in its place
+            self.metrics.set_request_ids(self.request_ids)
+
+    def __deepcopy__(self, memo: dict[int, object]) -> Context:
+        """A context of its own for a batch that is worked on beside others, as TorchServe makes one for each.
+
+        What the handler keeps on it is copied; what cannot be copied (a lock, an engine) is shared.
+        """
+        other = object.__new__(type(self))
+        for name, value in vars(self).items():
+            try:
+                kept = value if name in _SHARED else copy.deepcopy(value, memo)
+            except Exception:
+                kept = value
+            setattr(other, name, kept)
+        return other
+
+    @property
+    def cl_socket(self) -> object:
+        """TorchServe's socket to its frontend, on which some handlers write protocol frames of their own.
+
+        Raises:
+            AttributeError: always; minserve speaks another protocol.
+        """
+        raise AttributeError(
+            "context.cl_socket is TorchServe's own socket, and minserve has none: "
+            "send chunks with ts.handler_utils.utils.send_intermediate_predict_response"
+        )
+
+    def get_sequence_id(self, idx: int) -> object:
+        """The id of the sequence that a request belongs to, None when it belongs to none."""
+        return self.get_request_header(idx, self.header_key_sequence_id)
 
     def get_request_id(self, idx: int = 0) -> str | None:
         """The id of a request of the batch."""

@@ -23,18 +23,22 @@ class Refused(Exception):
     """What a handler returned cannot be sent."""
 
 
-def decode_batch(batch: Batch, body: bytearray) -> list[dict[str, Value]]:
+def decode_batch(batch: Batch, body: bytearray, parse: bool = True) -> list[dict[str, Value]]:
     """The `data` argument of `handle`: one dict a request, by field name; a raw body is the field "body".
+
+    Args:
+        parse: bodies of JSON and text by their content type; if not, all stay bytes.
 
     Raises:
         WireError: the parts do not add up to the body.
     """
     parts = [part for request in batch.requests for part in request.parts]
     if len(batch.requests) == len(parts) == 1 and parts[0].length == len(body):  # the frame's own memory, no copy
-        return [{parts[0].name: _decode(parts[0].content_type, body)}]
+        return [{parts[0].name: _decode(parts[0].content_type, body) if parse else body}]
     pieces = iter(split_body(body, (part.length for part in parts)))
     return [
-        {part.name: _decode(part.content_type, next(pieces)) for part in request.parts} for request in batch.requests
+        {part.name: _decode(part.content_type, next(pieces)) if parse else next(pieces) for part in request.parts}
+        for request in batch.requests
     ]
 
 

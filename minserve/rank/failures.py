@@ -16,6 +16,8 @@ MAX_TRACEBACK = 64 * 1024  # characters; the end of a traceback is what tells
 _BACKEND_TEXT = re.compile(
     r"\[\S*gloo/\S+:\d+\] |NCCL "
 )  # "[.../gloo/transport/tcp/pair.cc:547] Connection closed by peer"
+# Where torch raises again what a function that it called on another rank has raised there.
+_REMOTE = "torch/distributed/rpc/internal.py"
 MAX_TEXT = 2000  # characters of an exception's text that reach a client
 
 
@@ -73,7 +75,9 @@ def describe(error: BaseException, rank: int, world_size: int, collectives: int 
     """
     trace = _sendable("".join(traceback.format_exception(error))[-MAX_TRACEBACK:])
     if isinstance(error, StageError):
-        return Failure("own", error.type_name, _sendable(error.text), error.place, trace, error.origin, error.needs)
+        return Failure(
+            "own", error.type_name, _sendable(error.text), error.place, trace, error.origin, error.needs, error.status
+        )
     return Failure(
         kind=_kind(error),
         type_name=type(error).__name__,
@@ -97,7 +101,12 @@ def place_of(error: BaseException) -> str:
 
 def _kind(error: BaseException) -> str:
     torch = sys.modules.get("torch")
-    if isinstance(error, MemoryError) or _is(error, torch, "OutOfMemoryError"):
+    # The text is that of torch before it had a class for it, and of libraries that still go by it.
+    if (
+        isinstance(error, MemoryError)
+        or _is(error, torch, "OutOfMemoryError")
+        or _text(error).startswith("CUDA out of")
+    ):
         return "memory"
     # By its beginning: elsewhere in the text may stand whatever a client has sent.
     if _is(error, torch, "AcceleratorError") or _text(error).startswith("CUDA error"):
@@ -119,6 +128,8 @@ def is_collective(error: BaseException) -> bool:
     if _is(error, sys.modules.get("torch.distributed"), "DistError"):
         return True
     frames = traceback.extract_tb(error.__traceback__)
+    if frames and frames[-1].filename.endswith(_REMOTE):
+        return False
     if frames and "torch/distributed/" in frames[-1].filename:
         return True
     return type(error) is RuntimeError and _BACKEND_TEXT.match(_text(error)) is not None

@@ -66,6 +66,10 @@ class Inbox:
         self._wait(lambda: may() or seq in self._cancelled or self.stopping)
         return may()
 
+    def granted(self, seq: int) -> int:
+        """The step up to which a batch's stream may go by the grants that have been read; 0 if none was."""
+        return self._grants.get(seq, 0)
+
     def wait_for_continue(self, seq: int) -> None:
         """Waits until the server knows that every rank has left a batch.
 

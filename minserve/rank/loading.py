@@ -1,7 +1,12 @@
-"""Finds the handler in the model directory and makes it ready (TorchServe's rules: torchserve.md 9.1)."""
+"""Finds the handler and makes it ready (TorchServe's rules: torchserve.md 9.1).
+
+It is a file in the model directory, or else a module by name: one that is installed, or one of those that TorchServe ships.
+Which of them there is is found out before anything is imported, so that an import that fails is always told as what it is.
+"""
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
 import inspect
 import logging
@@ -10,6 +15,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
+from minserve.rank import coroutines
 from minserve.rank.progress import report_progress
 
 if TYPE_CHECKING:
@@ -19,6 +25,9 @@ if TYPE_CHECKING:
     from minserve.rank.context import Context
 
 logger = logging.getLogger(__name__)
+
+SHIPPED = "ts.torch_handler"
+ENVELOPES = f"{SHIPPED}.request_envelope"
 
 
 class HandlerError(Exception):
@@ -31,11 +40,18 @@ class _HandlerClass(Protocol):
     def handle(self, data: list[dict[str, object]] | None, context: Context) -> object: ...
 
 
+class _EnvelopeClass(Protocol):
+    def __init__(self, handle: Callable[..., object]) -> None: ...
+
+    def handle(self, data: list[dict[str, object]], context: Context) -> object: ...
+
+
 class Handler:
     """A loaded handler.
 
     Attributes:
-        handle: called with `data` and the context for each batch.
+        handle: called with `data` and the context for each batch. What it returns is a list, a generator of lists, or a
+            coroutine or async generator of them.
         close: called once at the end; does nothing where the handler offers none.
         probe: says whether this rank is healthy; None where the handler offers none.
     """
@@ -46,11 +62,16 @@ class Handler:
         self.probe = _find_probe(owner)
 
 
-def load_handler(model_dir: Path, reference: str, context: Context) -> Handler:
+def load_handler(
+    model_dir: Path, reference: str, context: Context, envelope: str = "", archive: bool = False
+) -> Handler:
     """Imports and initialises the handler, with the model directory as working directory and first on the import path.
 
     Args:
-        reference: `file.py` or `file.py:name`; the name is a function or a class.
+        reference: `file.py` or `file.py:name`; the name is a function or a class. Or, without `.py`, a module's name.
+        envelope: name of the request envelope around the handler, "" for none.
+        archive: the model has a manifest, and the reference is read as TorchServe does, which looks at the last part of a
+            path alone and takes a class where the name is none of the module's.
 
     Raises:
         HandlerError: the file does not have what the contract asks for.
@@ -60,18 +81,62 @@ def load_handler(model_dir: Path, reference: str, context: Context) -> Handler:
     if str(model_dir) not in sys.path:
         sys.path.insert(0, str(model_dir))
     file, _, name = reference.partition(":")
-    module = _import(model_dir / file)
-    target = _find(module, file, name)
+    module = _import(model_dir, file, archive)
+    target = _find(module, file, name, archive)
     if inspect.isclass(target):
-        return _initialize(target, file, context)
-    _refuse_async(target, file)
-    _initialize_function(target, context)
-    return Handler(target, module)
+        handler = _initialize(target, file, context)
+    else:
+        _initialize_function(target, context)
+        handler = Handler(target, module)
+    if envelope:
+        handler.handle = _in_envelope(handler.handle, envelope)
+    return handler
 
 
-def _import(path: Path) -> ModuleType:
-    if not path.is_file():
-        raise HandlerError(f"there is no handler file {path}")
+def _import(model_dir: Path, file: str, archive: bool) -> ModuleType:
+    last = file.rpartition("/")[2]
+    names = [file, f"{file}.py"] + [last, f"{last}.py"] * archive
+    path = next((model_dir / name for name in names if (model_dir / name).is_file()), None)
+    if path is not None:
+        return _import_file(path)
+    if file.endswith(".py") and not archive:
+        raise HandlerError(f"there is no handler file {model_dir / file}")
+    name = last.removesuffix(".py")
+    for module in (name, f"{SHIPPED}.{name}"):
+        if _exists(module):
+            return importlib.import_module(module)
+    raise HandlerError(
+        f"there is no handler {file}: no file in {model_dir}, no module, and none of those that are shipped"
+    )
+
+
+def _exists(module: str) -> bool:
+    """Whether there is such a module. It is not imported; the packages around it are."""
+    if not all(part.isidentifier() for part in module.split(".")):
+        return False
+    try:
+        return importlib.util.find_spec(module) is not None
+    except ModuleNotFoundError as error:
+        if error.name is not None and module.startswith(f"{error.name}."):
+            return False
+        raise
+
+
+def _in_envelope(handle: Callable[..., object], name: str) -> Callable[..., object]:
+    if not _exists(f"{ENVELOPES}.{name}"):
+        raise HandlerError(f"there is no request envelope {name!r}")
+    module = importlib.import_module(f"{ENVELOPES}.{name}")
+    kinds: list[type[_EnvelopeClass]] = [
+        value
+        for key, value in vars(module).items()
+        if key.endswith("Envelope") and getattr(value, "__module__", "") == module.__name__
+    ]
+    if len(kinds) != 1:
+        raise HandlerError(f"{module.__name__} must define exactly one class whose name ends in Envelope")
+    return kinds[0](handle).handle
+
+
+def _import_file(path: Path) -> ModuleType:
     # Under its own name, so that `import handler` elsewhere in the model directory finds this same module; but a file called
     # json.py must not take the place of a module that others have imported.
     name = path.stem if path.stem not in sys.modules else f"minserve_handler_{path.stem}"
@@ -84,12 +149,13 @@ def _import(path: Path) -> ModuleType:
     return module
 
 
-def _find(module: ModuleType, file: str, name: str) -> Callable[..., object]:
+def _find(module: ModuleType, file: str, name: str, archive: bool) -> Callable[..., object]:
     if name:
         target = getattr(module, name, None)
-        if not callable(target):
+        if callable(target):
+            return target  # type: ignore[no-any-return]  # callable() narrows it as far as it goes
+        if not archive:
             raise HandlerError(f"{file} has no function or class {name}")
-        return target  # type: ignore[no-any-return]  # callable() narrows it as far as it goes
     if callable(getattr(module, "handle", None)):
         return module.handle  # type: ignore[no-any-return]
     classes = dict.fromkeys(value for value in vars(module).values() if inspect.isclass(value))  # an alias counts once
@@ -121,11 +187,10 @@ def _find_probe(owner: object) -> Callable[[], object] | None:
 def _initialize(kind: type, file: str, context: Context) -> Handler:
     if not callable(getattr(kind, "handle", None)):
         raise HandlerError(f"class {kind.__name__} in {file} has no method `handle`")
-    _refuse_async(kind.handle, file)  # type: ignore[attr-defined]  # looked at just above
     report_progress("initializing")
     handler: _HandlerClass = kind()
     if callable(getattr(handler, "initialize", None)):
-        handler.initialize(context)
+        coroutines.complete(handler.initialize(context))
     return Handler(handler.handle, handler)
 
 
@@ -137,19 +202,12 @@ def _initialize_function(handle: Callable[..., object], context: Context) -> Non
     """
     report_progress("initializing")
     try:
-        handle(None, context)
+        coroutines.complete(handle(None, context))
     except (TypeError, AttributeError, RuntimeError) as error:
         if "NoneType" not in str(error):
             raise
         logger.warning(
             "handle(None, context) raised %s: %s; taken as a handler with nothing to load", type(error).__name__, error
-        )
-
-
-def _refuse_async(handle: Callable[..., object], file: str) -> None:
-    if inspect.iscoroutinefunction(handle) or inspect.isasyncgenfunction(handle):
-        raise HandlerError(
-            f"{file}: async handlers are not supported yet; `handle` must be a plain function or a generator"
         )
 
 

@@ -2,40 +2,42 @@
 
 from __future__ import annotations
 
+import functools
 import gc
 import inspect
-import logging
+import json
 import sys
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import yaml
 
 import minserve
-from minserve.rank import progress, streaming, threads
+from minserve.rank import coroutines, progress, streaming, threads
 from minserve.rank.connection import Disconnected
 from minserve.rank.context import Context
-from minserve.rank.data import Refused, check_answers, decode_batch
+from minserve.rank.data import Refused, decode_batch
 from minserve.rank.failures import describe, issued_collectives
 from minserve.rank.inbox import Inbox
 from minserve.rank.loading import Handler, load_handler
+from minserve.rank.metric_cache import MetricsCache
+from minserve.rank.metrics import MetricTypes
+from minserve.rank.outbox import Outbox
+from minserve.rank.probing import run_probe
 from minserve.rank.streaming import Cancelled, Stream
 from minserve.wire.frames import PROBE, Kind
-from minserve.wire.messages import Answer, Answers, Batch, Failure, Load, Loaded, Progress, unpack
+from minserve.wire.messages import Batch, Failure, Load, Loaded, Progress, unpack
 
 if TYPE_CHECKING:
+    from collections.abc import Generator
+
     from minserve.rank.connection import Connection
     from minserve.rank.process import Launch
     from minserve.wire.board import Slot
     from minserve.wire.frames import Frame
-    from minserve.wire.messages import Buffer
 
-logger = logging.getLogger(__name__)
-
-
-class ProbeFailed(Exception):
-    """The handler's probe says that this rank is not healthy."""
+PREDICTION_TIME = "PredictionTime"
 
 
 class Rank:
@@ -53,7 +55,11 @@ class Rank:
         self._slot = slot
         self._inbox = Inbox(connection)
         self._last_seq = 0
-        self._reply_done = False
+        # From LOAD.
+        self._outbox = Outbox(connection, launch.rank, reply_done=False)
+        self._parse = True
+        self._together = launch.world_size  # how many ranks run each batch
+        self._times = False  # whether the time of each batch is a metric
 
     def run(self) -> int:
         """Loads, then serves until SHUTDOWN or until the server is gone. Returns the exit code."""
@@ -63,11 +69,17 @@ class Rank:
             frame = self._inbox.next()
             if frame.kind is not Kind.LOAD:
                 return self._stop(f"expected LOAD, got {frame.kind.name}")
-            handler = self._load(unpack(Load, frame.meta), bytes(frame.body))
+            load = unpack(Load, frame.meta)
+            handler = self._load(load, bytes(frame.body))
             if handler is None:
                 # The server kills the group; it still reads this rank's pipe, so leave the reason there, too.
                 return 1
-            return self._serve(handler)
+            serve = self._serve_tasks if load.asynchronous and self._world_size == 1 else self._serve
+            code = serve(handler)
+            if code == 0:
+                coroutines.complete(handler.close())
+                coroutines.close()
+            return code
         except Disconnected:
             return 0
 
@@ -76,26 +88,38 @@ class Rank:
     def _load(self, load: Load, text: bytes) -> Handler | None:
         began = time.monotonic()
         progress.report_progress("importing")
-        self._reply_done = load.reply_done
+        self._outbox = Outbox(self._connection, self._rank, load.reply_done)
+        self._parse = load.decode_input
+        if load.predict_on == "rank0":
+            self._together = 1
         try:
-            self._context = Context(
-                load.model,
-                load.model_dir,
-                {"model": {"modelName": load.model, "modelVersion": load.version, "handler": load.handler}},
-                yaml.safe_load(text) or {},
-                load.batch_size,
-                self._local_device(load),
-                minserve.__version__,
-            )
-            handler = load_handler(Path(load.model_dir), load.handler, self._context)
+            self._context = self._new_context(load, yaml.safe_load(text) or {})
+            archive = bool(load.manifest)
+            handler = load_handler(Path(load.model_dir), load.handler, self._context, load.envelope, archive)
         except (Exception, SystemExit) as error:
-            failure = describe(error, self._rank, self._world_size)
-            self._connection.send(Kind.FAILED, failure)
+            self._outbox.load_failed(describe(error, self._rank, self._world_size))
             return None
         gc.collect()
         gc.freeze()  # what is loaded stays: the collector need not walk through all of torch in the middle of a batch
-        self._connection.send(Kind.LOADED, Loaded(time.monotonic() - began, handler.probe is not None))
+        self._outbox.loaded(Loaded(time.monotonic() - began, handler.probe is not None))
         return handler
+
+    def _new_context(self, load: Load, config: dict[str, object]) -> Context:
+        made_up = {"model": {"modelName": load.model, "modelVersion": load.version, "handler": load.handler}}
+        declared = MetricsCache(model_name=load.model)
+        declared.declare(load.metrics)
+        self._times = self._rank == 0 and PREDICTION_TIME in declared.cache.get(MetricTypes.GAUGE, {})
+        return Context(
+            load.model,
+            load.model_dir,
+            json.loads(load.manifest) if load.manifest else made_up,
+            load.batch_size,
+            self._local_device(load),
+            minserve.__version__,
+            load.limit_max_image_pixels,
+            declared,
+            config,
+        )
 
     def _local_device(self, load: Load) -> int | None:
         """Index of this rank's device among those its worker owns; all its ranks see the same mask."""
@@ -116,12 +140,21 @@ class Rank:
                 self._slot.finished(frame.seq)
                 self._inbox.finished(frame.seq)
             elif frame.kind is Kind.SHUTDOWN:
-                handler.close()
                 return 0
+
+    def _serve_tasks(self, handler: Handler) -> int:
+        """Several batches at once, each a task of the event loop."""
+        from minserve.rank.tasks import Tasks  # brings asyncio along
+
+        on_time = self._record_time if self._times else None
+        return Tasks(self._connection, self._slot, self._outbox, handler, self._context, self._parse, on_time).run()
 
     def _run_batch(self, handler: Handler, frame: Frame) -> None:
         batch = unpack(Batch, frame.meta)
         seq, count = frame.seq, len(batch.requests)
+        if self._rank >= self._together and batch.requests:
+            self._outbox.through(seq, count)  # rank 0 runs it alone
+            return
         self._context.begin_batch(batch.requests)
         stream = Stream(
             self._connection,
@@ -132,49 +165,39 @@ class Rank:
             count,
             batch.grant,
             self._rank == 0,
-            self._refused_chunk,
+            functools.partial(self._outbox.refused, seq=seq, kind="chunk"),
         )
-        data = decode_batch(batch, frame.body)
+        data = decode_batch(batch, frame.body, self._parse)
         streaming.set_current(stream)
         others = threads.alive()
         before = issued_collectives()
         try:
             if frame.flags & PROBE:
-                self._answer(_probe(handler), stream, seq, 0)
+                self._outbox.answer(run_probe(handler), stream, self._context, seq, 0)
             else:
-                answers = handler.handle(data, self._context)
-                if inspect.isgenerator(answers):
-                    answers = yield_all(answers, stream)
-                self._answer(answers, stream, seq, count)
+                began = time.monotonic()
+                answers = collect(handler.handle(data, self._context), stream)
+                if self._times:
+                    self._record_time(time.monotonic() - began, self._context)
+                self._outbox.answer(answers, stream, self._context, seq, count)
         except Refused as refusal:
-            self._report(Failure("refused", "", str(refusal), "", "", self._rank, ()), seq)
+            self._outbox.refused(refusal, seq)
         except (Exception, Cancelled) as error:
             issued = issued_collectives() - before
             stream.end()
             failure = self._failure(error, stream, issued)
             if stream.cancelled:  # every rank leaves at the same step; what its threads are still at comes first
                 threads.wait_for_end(others)
-            self._report(failure, seq)
+            self._outbox.failed(failure, seq)
             self._inbox.wait_for_continue(seq)
         finally:
             streaming.set_current(None)
             if stream.cancelled:
                 threads.wait_for_end(others)
 
-    def _answer(self, answers: object, stream: Stream, seq: int, count: int) -> None:
-        if self._rank != 0:
-            logger.debug("skip sending response at rank %d", self._rank)
-            if self._reply_done or not count:
-                self._connection.send(Kind.DONE, Answers(()), seq)
-            return
-        stream.end()
-        if stream.refused or (answers is None and stream.step):
-            answers = [b""] * count  # a stream need not have a last chunk
-        values = check_answers(answers, count)
-        encoded = [streaming.encode(self._context, index, value) for index, value in enumerate(values)]
-        metas: list[Answer] = [answer for answer, _ in encoded]
-        bodies: list[Buffer] = [body for _, body in encoded]
-        self._connection.send_with_body(Kind.REPLY, Answers(tuple(metas), stream.step), bodies, seq)
+    def _record_time(self, seconds: float, context: Context) -> None:
+        if isinstance(context.metrics, MetricsCache):  # a handler may have put something else in its place
+            context.metrics.add_time(PREDICTION_TIME, round(seconds * 1000, 2))
 
     # ── failures ──
 
@@ -188,27 +211,30 @@ class Rank:
             raise self._inbox.broken from None
         if isinstance(error, Cancelled):
             if stream.cancelled:
-                everyone = tuple(range(self._world_size))
+                everyone = tuple(range(self._together))
                 return Failure("cancelled", "", "every client has left", "", "", self._rank, everyone)
             if self._inbox.stopping:
                 raise Disconnected from None
             # Kept by the handler from an earlier batch, for this one's clients are there. An error like any other.
-        return describe(error, self._rank, self._world_size, issued)
-
-    def _refused_chunk(self, refusal: Refused) -> None:
-        self._report(Failure("chunk", "", str(refusal), "", "", self._rank, ()), self._last_seq)
-
-    def _report(self, failure: Failure, seq: int) -> None:
-        self._connection.send(Kind.ERROR, failure, seq)
+        return describe(error, self._rank, self._together, issued)
 
     def _stop(self, reason: str) -> int:
         print(f"minserve: rank {self._rank} stops: {reason}", file=sys.stderr, flush=True)
         return 1
 
 
-def yield_all(answers: object, stream: Stream) -> object:
+def collect(answers: object, stream: Stream) -> object:
+    """What a call of `handle` comes to: a coroutine is run, what a generator yields is sent."""
+    if isinstance(answers, list):
+        return answers
+    answers = coroutines.complete(answers)
+    if inspect.isasyncgen(answers):
+        return coroutines.complete_stream(answers, stream)
+    return yield_all(answers, stream) if inspect.isgenerator(answers) else answers
+
+
+def yield_all(answers: Generator[object, Any, object], stream: Stream) -> object:
     """Sends what a generator yields, a step each; what it returns in the end is its last chunk, if anything."""
-    assert inspect.isgenerator(answers)
     try:
         while True:
             try:
@@ -217,11 +243,3 @@ def yield_all(answers: object, stream: Stream) -> object:
                 return end.value if end.value is not None else [b""] * stream.count
     finally:
         answers.close()  # after a cancel: its own clean-up runs now, not when it is collected
-
-
-def _probe(handler: Handler) -> list[object]:
-    """Runs the handler's own check; the answer to a probe has no requests and so no answers."""
-    healthy = handler.probe() if handler.probe is not None else True
-    if healthy not in (True, None):
-        raise ProbeFailed(f"probe() answered {healthy!r}; True or None means healthy")
-    return []

@@ -13,6 +13,8 @@ from __future__ import annotations
 import logging
 import re
 import threading
+from abc import ABC, abstractmethod
+from contextvars import ContextVar
 from typing import TYPE_CHECKING
 
 from minserve.rank.data import Refused, check_answers, encode_answer
@@ -42,14 +44,11 @@ class Cancelled(BaseException):
     """
 
 
-class Stream:
-    """The stream of one batch. A handler may send from a thread of its own, but from one at a time.
+class Chunks(ABC):
+    """What the streams of all batches have in common.
 
     Args:
-        inbox: where grants come.
-        slot: where the steps are shown.
         granted: the step up to which it may go before it needs a grant.
-        answering: whether this is rank 0.
         on_refused: told once when a chunk cannot be sent. The handler is not stopped for it, for the other ranks would go
             on: it takes its steps, without chunks, to its end or until the server cancels the stream on all ranks.
 
@@ -61,23 +60,17 @@ class Stream:
     def __init__(
         self,
         connection: Connection,
-        inbox: Inbox,
-        slot: Slot,
         context: Context,
         seq: int,
         count: int,
         granted: int,
-        answering: bool,
         on_refused: Callable[[Refused], None],
     ) -> None:
         self._connection = connection
-        self._inbox = inbox
-        self._slot = slot
         self._context = context
         self._seq = seq
         self.count = count
         self._granted = granted
-        self._answering = answering
         self._on_refused = on_refused
         self.step = 0
         self.refused = False
@@ -91,6 +84,14 @@ class Stream:
             Cancelled: every client has left; this step is not taken.
         """
         self._take_step(lambda: check_answers(chunks, self.count))
+
+    @abstractmethod
+    async def send_from_coroutine(self, chunks: object) -> None:
+        """The same, and while it waits for its grant the event loop goes on.
+
+        Raises:
+            Cancelled: every client has left; this step is not taken.
+        """
 
     def send_some(self, chunks: object, request_ids: Mapping[int, str]) -> None:
         """One step with chunks for some requests of the batch, in the order of `request_ids`: {index: request id}.
@@ -116,14 +117,75 @@ class Stream:
         self._take_step(by_index)
 
     @property
+    @abstractmethod
     def cancelled(self) -> bool:
         """Whether its clients have left and the server has said so."""
-        return self._inbox.cancelled(self._seq)
 
     def end(self) -> None:
         """Nothing goes out any more: a thread may still send, but behind the batch's last frame a chunk is for nobody."""
         with self._sending:
             self._ended = True
+
+    @abstractmethod
+    def _take_step(self, chunks: Callable[[], list[object]]) -> None:
+        """Takes a step with these chunks; called only once it is clear that they are wanted."""
+
+    def _encode_step(self, chunks: Callable[[], list[object]]) -> list[tuple[Answer, Buffer]]:
+        """What goes out; status and headers are what the context says at this moment."""
+        if self.refused:
+            return []
+        try:
+            return [encode(self._context, index, chunk) for index, chunk in enumerate(chunks()) if chunk is not None]
+        except Refused as refusal:
+            self.refused = True
+            self._on_refused(refusal)
+            return []
+
+    def _send_step(self, encoded: list[tuple[Answer, Buffer]]) -> None:
+        """A step without chunks is told, too: the server grants by what it has seen."""
+        answers = Answers(tuple(answer for answer, _ in encoded), self.step)
+        self._connection.send_with_body(Kind.CHUNK, answers, [body for _, body in encoded], self._seq)
+
+
+class Stream(Chunks):
+    """The stream of one batch, in step with the other ranks. A handler may send from any thread, but from one at a time.
+
+    Args:
+        inbox: where grants come.
+        slot: where the steps are shown.
+        answering: whether this is rank 0.
+    """
+
+    def __init__(
+        self,
+        connection: Connection,
+        inbox: Inbox,
+        slot: Slot,
+        context: Context,
+        seq: int,
+        count: int,
+        granted: int,
+        answering: bool,
+        on_refused: Callable[[Refused], None],
+    ) -> None:
+        super().__init__(connection, context, seq, count, granted, on_refused)
+        self._inbox = inbox
+        self._slot = slot
+        self._answering = answering
+
+    async def send_from_coroutine(self, chunks: object) -> None:
+        """See `Chunks`."""
+        if self.step < max(self._granted, self._inbox.granted(self._seq)):
+            self.send(chunks)
+            return
+        import asyncio  # there is a loop, so it is imported
+
+        await asyncio.get_running_loop().run_in_executor(None, self.send, chunks)
+
+    @property
+    def cancelled(self) -> bool:
+        """See `Chunks`."""
+        return self._inbox.cancelled(self._seq)
 
     def _begin_step(self) -> None:
         # The step is shown before it is waited for: the server cancels only once every rank has been seen to count steps.
@@ -133,24 +195,10 @@ class Stream:
         self.step += 1
 
     def _take_step(self, chunks: Callable[[], list[object]]) -> None:
-        """A step without chunks is told, too: the server grants by what it has seen."""
         self._begin_step()
         with self._sending:
-            if not self._answering or self._ended:
-                return
-            encoded: list[tuple[Answer, Buffer]] = []
-            if not self.refused:
-                try:
-                    encoded = self._encode(chunks())
-                except Refused as refusal:
-                    self.refused = True
-                    self._on_refused(refusal)
-            answers = Answers(tuple(answer for answer, _ in encoded), self.step)
-            self._connection.send_with_body(Kind.CHUNK, answers, [body for _, body in encoded], self._seq)
-
-    def _encode(self, chunks: list[object]) -> list[tuple[Answer, Buffer]]:
-        """Status and headers are what the context says at this moment."""
-        return [encode(self._context, index, chunk) for index, chunk in enumerate(chunks) if chunk is not None]
+            if self._answering and not self._ended:
+                self._send_step(self._encode_step(chunks))
 
 
 def encode(context: Context, index: int, value: object) -> tuple[Answer, Buffer]:
@@ -174,15 +222,27 @@ def encode(context: Context, index: int, value: object) -> tuple[Answer, Buffer]
     return Answer(index, len(body), status, processor.phrase, headers), body
 
 
-_current: Stream | None = None
+_current: Chunks | None = None
+_of_task: ContextVar[Chunks | None] = ContextVar("stream", default=None)
 
 
-def current() -> Stream | None:
-    """The stream of the batch that this rank works on, for `send_intermediate_predict_response`."""
-    return _current
+def current() -> Chunks | None:
+    """The stream of the batch that this rank, or this task, works on, for `send_intermediate_predict_response`."""
+    return _of_task.get() or _current
 
 
-def set_current(stream: Stream | None) -> None:
+def stream_of(context: Context | None) -> Chunks | None:
+    """The stream of the batch that a context is for: its own, where several are under way at once."""
+    own = context.stream if context is not None else None
+    return own if own is not None else current()
+
+
+def set_current(stream: Chunks | None) -> None:
     """Sets it; only the loop does."""
     global _current  # a rank works on one batch at a time, and TorchServe's function is given no handle to it
     _current = stream
+
+
+def set_current_of_task(stream: Chunks) -> None:
+    """Sets it for the task that calls this, and for the threads that it asks asyncio for."""
+    _of_task.set(stream)

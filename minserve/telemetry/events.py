@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import enum
 import time
-from collections import deque
+from collections import Counter, deque
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
@@ -69,11 +69,26 @@ class Event:
 
 
 class EventLog:
-    """The latest events of one model version, oldest first."""
+    """The latest events of one model version, oldest first.
 
-    def __init__(self, model: str, size: int = SIZE, now: Callable[[], float] = time.time) -> None:
+    Args:
+        on_event: told each of them as it happens.
+
+    Attributes:
+        counts: how many there have been of each kind.
+    """
+
+    def __init__(
+        self,
+        model: str,
+        size: int = SIZE,
+        now: Callable[[], float] = time.time,
+        on_event: Callable[[Event], None] | None = None,
+    ) -> None:
         self._model = model
         self._now = now
+        self._on_event = on_event
+        self.counts: Counter[EventKind] = Counter()
         self._faults: deque[Event] = deque(maxlen=size)
         self._from_clients: deque[Event] = deque(maxlen=FROM_CLIENTS)
 
@@ -85,6 +100,9 @@ class EventLog:
         A handler's errors are alike whatever they say. What clients cause has a ring of its own, and pushes no death out.
         """
         event = Event(self._now(), self._model, kind, detail, worker, rank, pid)
+        self.counts[kind] += 1
+        if self._on_event is not None:
+            self._on_event(event)
         events = self._from_clients if kind in _CLIENTS else self._faults
         if events:
             latest = events[-1]

@@ -1,5 +1,7 @@
 """The server's log: one line an event, on stderr or in a file. Nothing above DEBUG is written per request.
 
+But for metrics, where metrics_mode sends them here.
+
 A thread does the writing. Who reads the log may be slow or gone (a full pipe, a terminal on hold, a disk that hangs), and
 the event loop must not wait for them: requests, time-outs and signals come first. Lines are lost then, and that is told.
 """
@@ -40,6 +42,8 @@ def configure(level: str, file: Path | None = None, max_bytes: int = 0, files: i
     logging.basicConfig(level=logging.WARNING, handlers=[_Handler(writer)], force=True)
     logging.captureWarnings(True)  # they would go to stderr, past the writer
     logging.getLogger("minserve").setLevel(level.upper())
+    for metrics in ("ts_metrics", "model_metrics"):  # silent unless metrics_mode sends them here
+        logging.getLogger(metrics).setLevel(logging.INFO)
     return writer
 
 
@@ -65,11 +69,11 @@ class Writer:
 
     def log(self, text: str) -> None:
         """Adds lines to the log. Never waits; without room the lines are dropped and counted."""
-        self._put(self._log, text)
+        self.put(self._log, text)
 
     def say(self, text: str) -> None:
         """Prints lines to stdout, likewise."""
-        self._put(_to_stdout, text)
+        self.put(to_stdout, text)
 
     def close(self, timeout: float = FLUSH_S) -> None:
         """Gives what waits `timeout` seconds to be written. The rest is lost, and so is what comes later."""
@@ -80,7 +84,8 @@ class Writer:
             self._changed.notify()
         self._thread.join(timeout)
 
-    def _put(self, sink: Sink, text: str) -> None:
+    def put(self, sink: Sink, text: str) -> None:
+        """Gives lines to a sink, likewise; a sink may block, and holds up the others then."""
         with self._changed:
             if self._closed:
                 return
@@ -188,7 +193,8 @@ def _to_stderr(text: str) -> None:
         _write(2, text.encode(errors="backslashreplace"))
 
 
-def _to_stdout(text: str) -> None:
+def to_stdout(text: str) -> None:
+    """The sink of what is printed."""
     if sys.stdout is not sys.__stdout__:
         sys.stdout.write(text)
     elif sys.stdout is not None:

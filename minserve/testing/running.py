@@ -76,7 +76,7 @@ class RunningServer:
             time.sleep(0.02)
 
     def _url(self, name: str) -> str:
-        found = re.search(rf"{name} on (http://[0-9.:]+\d)", self.log)
+        found = re.search(rf"{name} on (https?://[0-9.:]+\d|unix:[^\s,]+)", self.log)
         assert found, self.log
         return found[1]
 
@@ -89,6 +89,11 @@ class RunningServer:
     def management(self) -> str:
         """URL of /models."""
         return self._url("management")
+
+    @cached_property
+    def metrics(self) -> str:
+        """URL of /metrics."""
+        return self._url("metrics")
 
     def predict(
         self,
@@ -183,7 +188,8 @@ def running_server(
         for folder in (home / "store", home / "tmp"):
             folder.mkdir()
         fill(home / "store")
-        arguments = ["--model-store", str(home / "store"), "--inference-port", "0", "--management-port", "0", *options]
+        arguments = ["--model-store", str(home / "store"), "--inference-port", "0", "--management-port", "0"]
+        arguments += ["--metrics-port", "0", *options]
         places = {"XDG_RUNTIME_DIR": str(home), "TMPDIR": str(home / "tmp")}
         mark = {"MINSERVE_TESTING": str(home)}
         log = home / "log"

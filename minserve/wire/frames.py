@@ -41,6 +41,7 @@ class Kind(enum.IntEnum):
     CHUNK = 6  # rank 0: one step of a streaming batch
     ERROR = 7  # any rank: batch seq ended with an exception here
     DONE = 8  # ranks > 0 with replyAfter: all: batch seq is finished here
+    METRICS = 9  # any rank: what was recorded in batch seq, or while loading
 
     LOAD = 32
     BATCH = 33

@@ -102,14 +102,51 @@ class Answers(Message):
     step: int = 0
 
 
+class Metric(Message):
+    """One value that a handler, or the rank itself, has recorded.
+
+    Attributes:
+        value: what a counter grows by, what a gauge is set to, what a histogram observes.
+        unit: in full where TorchServe has a name for it ("Milliseconds", "Count", "unit" for none), else as the handler
+            wrote it.
+        kind: "counter", "gauge" or "histogram".
+        dimensions: name, value pairs in the metric's own order.
+        request_id: ids of the requests it belongs to, joined by ","; "" for none.
+        at: when it was recorded, in seconds since the epoch.
+    """
+
+    name: str
+    value: float
+    unit: str
+    kind: str
+    dimensions: tuple[tuple[str, str], ...]
+    request_id: str
+    at: float
+
+
+class Metrics(Message):
+    """Meta of METRICS, which any rank sends in front of its last frame of a batch, or of LOADED; only if there are any."""
+
+    metrics: tuple[Metric, ...]
+
+
 # ── to every rank ────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
 class Load(Message):
     """What to load. The frame's body is the text of model-config.yaml, which the rank parses for the author's sections.
 
-    `handler` is `file.py[:name]`; `gpu` says that LOCAL_RANK indexes a mask of devices; `reply_done` asks ranks > 0 for a
-    DONE frame per batch.
+    Attributes:
+        handler: `file.py[:name]`, or the name of a shipped handler.
+        gpu: LOCAL_RANK indexes a mask of devices.
+        reply_done: ranks > 0 send a DONE frame per batch.
+        manifest: text of the archive's MANIFEST.json; "" for a model directory, whose manifest is made up.
+        envelope: name of the request envelope around the handler; "" for none.
+        limit_max_image_pixels: for the handler, which decodes images with or without a limit of their size.
+        decode_input: bodies of JSON and text reach the handler parsed; if not, all do as bytes.
+        predict_on: "all" ranks run the handler, or "rank0" alone.
+        metrics: the model metrics that metrics_config declares, as JSON: [{"name", "type", "unit", "dimensions": [...]}].
+        asynchronous: each batch is a task of its own, and the answers may come in any order.
     """
 
     model: str
@@ -119,6 +156,13 @@ class Load(Message):
     batch_size: int
     gpu: bool
     reply_done: bool
+    manifest: str = ""
+    envelope: str = ""
+    limit_max_image_pixels: bool = True
+    decode_input: bool = True
+    predict_on: str = "all"
+    metrics: str = ""
+    asynchronous: bool = False
 
 
 class Part(Message):
@@ -130,12 +174,16 @@ class Part(Message):
 
 
 class RequestMeta(Message):
-    """One request of a batch. `headers` are the HTTP headers as they came, undecoded: few handlers look at them."""
+    """One request of a batch. `headers` are the HTTP headers as they came, undecoded: few handlers look at them.
+
+    `operation` is "" for a prediction, else "explain" or "describe".
+    """
 
     id: str
     headers: tuple[tuple[bytes, bytes], ...]
     parts: tuple[Part, ...]
     url_path: str = ""
+    operation: str = ""
 
 
 class Batch(Message):
@@ -161,7 +209,7 @@ M = TypeVar("M", bound=Message)
 _encoder = msgspec.msgpack.Encoder()
 _decoders: dict[type[Message], msgspec.msgpack.Decoder[Message]] = {
     kind: msgspec.msgpack.Decoder(kind)
-    for kind in (Hello, Progress, Loaded, Failure, Answers, Load, Batch, Step, Shutdown)
+    for kind in (Hello, Progress, Loaded, Failure, Answers, Metrics, Load, Batch, Step, Shutdown)
 }
 
 

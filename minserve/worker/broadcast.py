@@ -18,8 +18,10 @@ from collections import deque
 from typing import TYPE_CHECKING
 
 from minserve.dispatch.clock import Alarm
-from minserve.errors import BadRequest, HandlerError, HandlerOutOfMemory, MinServeError, WireError
+from minserve.dispatch.dispatcher import DESCRIBE
+from minserve.errors import BadRequest, HandlerError, HandlerOutOfMemory, MinServeError, ResponseTimeout, WireError
 from minserve.telemetry.events import EventKind
+from minserve.telemetry.meters import unwatched
 from minserve.wire.frames import MAX_META_BYTES, PROBE, Kind, header
 from minserve.wire.messages import Answers, Batch, Failure, pack, pack_with_body, split_body, unpack
 from minserve.worker.blame import Cause, What, culprit
@@ -31,6 +33,7 @@ if TYPE_CHECKING:
 
     from minserve.dispatch.clock import Clock
     from minserve.dispatch.request import Request
+    from minserve.telemetry.meters import ModelMeters
     from minserve.wire.frames import Frame
     from minserve.wire.messages import Answer, Buffer
     from minserve.worker.outstanding import Limits, RankLink
@@ -55,6 +58,7 @@ class Broadcast:
             guess, and `seq` the batch that does not end.
         on_lost: the worker has failed with these requests in flight.
         on_event: something that costs no restart but that an operator wants to know: kind, detail, rank, pid.
+        meters: of the model version.
 
     Attributes:
         batches_done: without probes.
@@ -74,8 +78,10 @@ class Broadcast:
         on_broken: Callable[[Cause, int], None],
         on_lost: Callable[[list[Request], MinServeError], None],
         on_event: Callable[[EventKind, str, int, int], None],
+        meters: ModelMeters | None = None,
     ) -> None:
         self._clock = clock
+        self._meters = unwatched() if meters is None else meters
         self._links = links
         self._limits = limits
         self._who = who
@@ -117,6 +123,7 @@ class Broadcast:
 
     def send(self, requests: list[Request]) -> None:
         """Broadcasts one batch."""
+        began = self._meters.now()
         meta = Batch(tuple(request.meta for request in requests), self._limits.stream_ahead)
         bodies = [body for request in requests for body in request.bodies]
         pieces = pack_with_body(Kind.BATCH, meta, bodies, self._seq + 1)
@@ -130,6 +137,9 @@ class Broadcast:
             request.worker = self._who
         self._write(pieces, requests)  # only now: a batch that cannot be encoded must not leave a gap in the numbers
         self.first_seq = self.first_seq or self._seq
+        batch, written = self._outstanding[self._seq], self._meters.now()
+        batch.began, batch.written = began, written
+        self._meters.batch_sent(len(requests), began, written)
         if self.recorder is not None:
             self.recorder.batch(self._seq, requests)
 
@@ -148,7 +158,7 @@ class Broadcast:
             link.write(pieces)
         limit = self._limit()
         # A batch behind others counts from when it becomes the oldest, see _finish.
-        due = self._clock.time() + limit if not self._outstanding else math.inf
+        due = self._clock.time() + limit if not self._outstanding or self._limits.any_order else math.inf
         self._outstanding[self._seq] = Outstanding(self._seq, requests, limit, due, self._limits.stream_ahead)
         self._due_alarm.at(due)
 
@@ -181,7 +191,15 @@ class Broadcast:
         """Twice a second: finds clients that left before the first chunk, and ranks that were not ready for a cancel."""
         for batch in list(self._outstanding.values()):
             if batch.requests and all(request.left for request in batch.requests):
-                self._streams.govern(batch)
+                self._let_go(batch)
+
+    def _let_go(self, batch: Outstanding) -> None:
+        """Nobody waits for this batch any more: it is cancelled where that is possible."""
+        before = batch.cancelled
+        self._streams.govern(batch)
+        if self._limits.any_order and batch.cancelled and not before:
+            batch.due = self._clock.time() + self._limits.response_timeout  # by then its task must have ended
+            self._due_alarm.at(batch.due)
 
     # ── from a rank ──
 
@@ -224,8 +242,14 @@ class Broadcast:
         if batch.failures:  # another rank has raised, or was cancelled
             self._out_of_step(batch)
             return
+        meters, replied = self._meters, self._meters.now()
         for request, (answer, body) in zip(batch.requests, answers, strict=True):
+            if request.meta.operation != DESCRIBE and not request.left:
+                meters.answered(request.named, request.entered, request.sent, replied)
             request.answer(answer, body)
+        if batch.requests:
+            overhead = batch.written - batch.began + meters.now() - replied
+            meters.batch_answered(len(batch.requests), batch.written, replied, overhead)
         self._finish(batch)
 
     def _chunk(self, batch: Outstanding, frame: Frame) -> None:
@@ -269,14 +293,14 @@ class Broadcast:
         if self.recorder is not None:
             self.recorder.ended(batch.seq, batch.error)
         if batch.cancelled:
-            told = f"it was told to end behind step {batch.granted}"
-            detail = f"{self._who}: every client of the stream in batch {batch.seq} has left; {told}"
+            detail = f"{self._who}: every client of the stream in batch {batch.seq} has left; it was told to end"
+            detail += "" if self._limits.any_order else f" behind step {batch.granted}"
             self._on_event(EventKind.STREAM_CANCELLED, detail, 0, self._links[0].pid)
         if batch.on_passed is not None:
             batch.on_passed()
         self.replied = max(self.replied, batch.seq)
         self.batches_done += bool(batch.requests)
-        if self._outstanding:
+        if self._outstanding and not self._limits.any_order:
             oldest = next(iter(self._outstanding.values()))
             oldest.limit = self._limit()
             oldest.due = min(oldest.due, self._clock.time() + oldest.limit)
@@ -390,12 +414,18 @@ class Broadcast:
         logger.error("%s rank %d (pid %d): %s\n%s", self._who, link.rank, link.pid, what, failure.traceback.rstrip())
 
     def _answer_failed(self, batch: Outstanding, link: RankLink, failure: Failure) -> None:
+        who = f"{self._who}, rank {link.rank} (pid {link.pid})"
         what = f"{failure.type_name}: {failure.text}" if failure.type_name else failure.text
-        text = f"Prediction failed: {self._who}, rank {link.rank} (pid {link.pid}): {what}"
+        text = f"Prediction failed: {who}: {what}"
         self._on_event(EventKind.HANDLER_ERROR, text, link.rank, link.pid)
-        error = (HandlerOutOfMemory if failure.kind == "memory" else HandlerError)(text)
-        if failure.status:
+        error = HandlerError(text)
+        if failure.status:  # the handler speaks to the client in its own words
+            error = HandlerError(failure.text)
             error.status = failure.status
+        elif failure.kind == "memory":
+            error = HandlerOutOfMemory(f"Out of resources: {who}: {what}")
+        elif failure.kind == "refused":
+            error = HandlerError(f"{failure.text} ({who})")
         for request in batch.requests:
             request.fail(error)
         batch.error = text
@@ -412,11 +442,20 @@ class Broadcast:
             self._on_broken(Cause(What.SILENCE, link.rank, link.pid, text, now), self._seq)
             return
         self._due_alarm.at(self._crowded_until)
-        for batch in self._outstanding.values():
+        for batch in list(self._outstanding.values()):
+            if batch.due <= now and self._limits.any_order and batch.requests and not batch.cancelled:
+                self._overdue(batch)
             if batch.due <= now:
                 self._on_broken(culprit([*self.causes, self._silent(batch, now)]), batch.seq)
                 return
             self._due_alarm.at(batch.due)
+
+    def _overdue(self, batch: Outstanding) -> None:
+        """One of several requests under way takes too long: that is its own affair, as long as its task can be ended."""
+        what = f"batch {batch.seq} was not finished within {batch.limit:g} s and is cancelled"
+        for request in batch.requests:
+            request.fail(ResponseTimeout(f"{self._who}: {what}"))
+        self._let_go(batch)
 
     def _silent(self, batch: Outstanding, now: float) -> Cause:
         link = self._links[0]

@@ -36,6 +36,10 @@ class Inventory:
     def __len__(self) -> int:
         return len(self.masks)
 
+    def first(self, most: int | None) -> Inventory:
+        """At most so many of them; None: all."""
+        return Inventory(self.masks[:most])
+
 
 @dataclass(frozen=True)
 class Devices:
@@ -170,6 +174,13 @@ class DeviceAllocator:
         holders = [f"{owner} owns {', '.join(map(str, ids))}" for owner, ids in self._owned.items()]
         holders += [f"{owner} uses {index}" for owner, index in self._shared.items()]
         return "; ".join(holders) or "no worker holds any"
+
+
+def groups_that_fit(config: ModelConfig, world_size: int, inventory: Inventory) -> int | None:
+    """How many groups of ranks of a model the machine's devices are enough for; None where that is no question."""
+    if not config.is_parallel or config.device_type == "cpu" or not inventory.masks:
+        return None
+    return len(config.device_ids or inventory.masks) // world_size
 
 
 def _devices_needed(config: ModelConfig, world_size: int, inventory: Inventory) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import hashlib
 import itertools
 import os
@@ -23,12 +24,16 @@ async def read_fingerprint(directory: Path) -> str:
 
 
 def fingerprint(directory: Path) -> str:
-    """A digest of path, size and time of change of each file below a directory.
+    """A digest of path, size and time of change of each file below a directory; of an archive the same of itself.
 
     The directory itself may be a symbolic link; one within it counts by where it points, and is not followed: it may lead
     out, or round in a circle. Never raises: what cannot be looked at is not there.
     """
     digest = hashlib.blake2b(digest_size=16)
+    if directory.is_file():
+        with contextlib.suppress(OSError):
+            status = directory.stat()
+            digest.update(repr((status.st_ino, status.st_size, status.st_mtime_ns)).encode())
     for entry in itertools.islice(_files(directory), MOST_FILES):
         digest.update(repr(entry).encode())
     return digest.hexdigest()

@@ -13,8 +13,9 @@ import signal
 from typing import TYPE_CHECKING, TypeVar
 
 from minserve.errors import RankProtocolError, ResponseTimeout, WireError, WorkerFailed, WorkerOutOfMemory
+from minserve.telemetry.meters import unwatched
 from minserve.wire.frames import Kind
-from minserve.wire.messages import Failure, Load, Loaded, Progress, Shutdown, pack, pack_with_body, unpack
+from minserve.wire.messages import Failure, Load, Loaded, Metrics, Progress, Shutdown, pack, pack_with_body, unpack
 from minserve.worker import hang, launcher
 from minserve.worker.acceptor import Acceptor, Expected
 from minserve.worker.blame import AGENT, DEATH_GATHER_S, SOCKET_GATHER_S, Cause, What, describe_exit
@@ -34,6 +35,7 @@ if TYPE_CHECKING:
     from minserve.dispatch.request import Request
     from minserve.errors import MinServeError
     from minserve.telemetry.events import EventKind
+    from minserve.telemetry.meters import ModelMeters
     from minserve.wire.frames import Frame
     from minserve.worker.acceptor import Arrival
     from minserve.worker.devices import Devices
@@ -60,7 +62,7 @@ class RankGroup:
         directory: the model version's runtime directory.
         on_free: a place has come free, or a link has room again.
         on_lost: the group has failed with these requests in flight.
-        on_event: see `Broadcast`.
+        on_event, meters: see `Broadcast`.
 
     Attributes:
         failed: done when the group has failed, with the error that requests get.
@@ -80,6 +82,7 @@ class RankGroup:
         on_free: Callable[[], None],
         on_lost: Callable[[list[Request], MinServeError], None],
         on_event: Callable[[EventKind, str, int, int], None],
+        meters: ModelMeters | None = None,
     ) -> None:
         self._spec = spec
         self._who = who
@@ -89,6 +92,7 @@ class RankGroup:
         self._on_free = on_free
         self._on_lost = on_lost
         self._on_event = on_event
+        self._meters = unwatched() if meters is None else meters
         self._loop = asyncio.get_running_loop()
         self._incarnation = f"{spec.name}-{slot}-{secrets.token_hex(4)}"
         self._arrivals: list[Arrival] = []  # ranks whose sockets no link has taken over yet
@@ -156,7 +160,7 @@ class RankGroup:
         self._site.outputs[AGENT].level = logging.DEBUG  # from here on torchrun only repeats what the ranks tell
         self._broadcast = Broadcast(
             *(self._loop, self._links, self._spec.limits, self._who, self._steps),
-            *(self._on_free, self._broken, self._on_lost, self._on_event),
+            *(self._on_free, self._broken, self._on_lost, self._on_event, self._meters),
         )
 
     async def load(self, timeout: float) -> None:
@@ -171,10 +175,17 @@ class RankGroup:
             spec.name,
             spec.version,
             str(spec.model_dir),
-            options.handler,
+            spec.handler,
             spec.config.batch_size,
             self._devices.mask is not None,
             options.reply_after == "all",
+            spec.manifest,
+            spec.envelope,
+            spec.limit_max_image_pixels,
+            spec.decode_input,
+            predict_on=options.predict_on,
+            metrics=spec.metrics,
+            asynchronous=spec.asynchronous,
         )
         pieces = pack_with_body(Kind.LOAD, message, [spec.yaml], 0)
         for link in self._links:
@@ -339,6 +350,8 @@ class RankGroup:
             logger.debug("%s rank %d: loaded in %.1f s", self._who, link.rank, self._loaded[link.rank].seconds)
             if len(self._loaded) == self._spec.world_size:
                 self._all_loaded.set()
+        elif frame.kind is Kind.METRICS:
+            self._meters.from_rank(link.rank, unpack(Metrics, frame.meta).metrics)
         elif frame.kind is Kind.FAILED:
             self._load_failed(link, unpack(Failure, frame.meta))
         elif not self._all_loaded.is_set() or self._broadcast is None:

@@ -26,13 +26,14 @@ class Guardian:
 
     Args:
         directory: the server's runtime directory.
+        others: directories that go with it.
     """
 
-    def __init__(self, directory: Path) -> None:
+    def __init__(self, directory: Path, *others: Path) -> None:
         import subprocess
 
         self._process = subprocess.Popen(
-            [sys.executable, "-I", "-S", __file__, str(directory)],
+            [sys.executable, "-I", "-S", __file__, str(directory), *map(str, others)],
             stdin=subprocess.PIPE,
             stdout=subprocess.DEVNULL,
             stderr=subprocess.DEVNULL,
@@ -61,7 +62,7 @@ class Guardian:
             self._process.wait()
 
 
-def main(directory: str) -> None:
+def main(directory: str, *others: str) -> None:
     """Waits for the server's end and cleans up after it, unless it said farewell."""
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, signal.SIG_IGN)  # they are the server's, whose end this process is to see
@@ -78,7 +79,8 @@ def main(directory: str) -> None:
 
     import shutil
 
-    shutil.rmtree(directory, ignore_errors=True)
+    for path in (directory, *others):
+        shutil.rmtree(path, ignore_errors=True)
 
 
 def _carriers(mark: bytes) -> list[int]:
@@ -96,4 +98,4 @@ def _carriers(mark: bytes) -> list[int]:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1])
+    main(*sys.argv[1:])

@@ -56,12 +56,12 @@ def plan(
             the board.
         incarnation: unlike any other of this server; also the rendezvous id.
     """
-    rank = ("-m", "minserve.rank")
+    rank, python = ("-m", "minserve.rank"), spec.python or sys.executable
     if spec.config.is_parallel:
         torchrun = _torchrun(spec.config.torchrun, spec.world_size, run_directory, incarnation)
-        command = (sys.executable, "-m", "torch.distributed.run", *torchrun, *rank)
+        command = (python, "-m", "torch.distributed.run", *torchrun, *rank)
     else:
-        command = (sys.executable, "-u", *rank)
+        command = (python, "-u", *rank)
     added = {
         "MINSERVE_ENDPOINT": endpoints.prefix,
         "MINSERVE_BASE": str(endpoints.base),

@@ -32,6 +32,8 @@ class Limits:
         stall_timeout: 0 is never.
         stream_ahead: steps.
         stream_buffer: bytes that may wait for one client.
+        any_order: the batches of a single rank are worked on beside each other: each has a limit of its own, and what nobody
+            waits for any more is cancelled by itself.
     """
 
     in_flight: int
@@ -42,6 +44,7 @@ class Limits:
     stall_timeout: float = 0.0
     stream_ahead: int = 8
     stream_buffer: int = 1024 * 1024
+    any_order: bool = False
 
 
 @dataclass(slots=True)
@@ -57,6 +60,7 @@ class Outstanding:
         on_change: called when one of its clients keeps up again or has left.
         on_passed: called when every rank is through a probe.
         held: rank 0's reply, while other ranks' DONE is waited for.
+        began, written: on the meters' clock, when its sending began and when it was in every rank's socket or behind it.
     """
 
     seq: int
@@ -73,6 +77,8 @@ class Outstanding:
     causes: list[Cause] = field(default_factory=list)
     held: list[tuple[Answer, Buffer]] | None = None
     done: set[int] = field(default_factory=set)
+    began: float = 0.0
+    written: float = 0.0
 
     @property
     def waits_for_grant(self) -> bool:

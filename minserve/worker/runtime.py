@@ -33,44 +33,60 @@ class RuntimeDirectory:
     A lock held on it for life tells a live server's directory from a dead one's, whatever the pids say by then; creating
     one removes those of dead servers. (systemd-tmpfiles, too, spares a directory that is locked, however old it is.)
 
+    Attributes:
+        models: the directory for what is extracted from archives, there once it is needed. In the temp folder unless
+            MINSERVE_RUNTIME_DIR is set: XDG_RUNTIME_DIR is in memory as a rule, and models are large.
+
     Raises:
         StartupError: there is no place for it.
     """
 
     def __init__(self, environ: Mapping[str, str]) -> None:
         self.path = runtime_root(environ) / f"minserve-{os.getpid()}"
+        place = Path(environ.get("MINSERVE_RUNTIME_DIR") or tempfile.gettempdir())
+        self.models = place / f"{self.path.name}.models"
         self._model_directories: list[Path] = []
+        self._numbers = self._extractions = 0
+        self._models_lock: int | None = None
         self._note: LiveServer | None = None
         for root in _roots(environ):
             _remove_stale(root)
         if self.path.is_dir() and not (self.path / MARKER).exists():
             shutil.rmtree(self.path, ignore_errors=True)  # of a server with our pid that was killed while it removed it
         try:
-            self._lock = self._create()
+            self._lock = _create(self.path)
         except OSError as error:
             raise StartupError(f"cannot create the runtime directory {self.path}: {error.strerror}") from None
 
-    def _create(self) -> int:
-        # Locked before it has its name: another server that starts just now must not take it for a dead one's.
-        unnamed = self.path.with_name(f".{self.path.name}")
-        shutil.rmtree(unnamed, ignore_errors=True)  # of a server with our pid that was killed on these lines
-        unnamed.mkdir(mode=0o700)
-        lock = os.open(unnamed, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX)
-            (unnamed / MARKER).touch()
-            unnamed.rename(self.path)
-        except OSError:
-            os.close(lock)
-            raise
-        return lock
-
     def new_model_directory(self) -> Path:
         """A directory for one model version. Short, for a unix address has 107 bytes and models have long names."""
-        path = self.path / f"m{len(self._model_directories) + 1}"
+        self._numbers += 1
+        path = self.path / f"m{self._numbers}"
         path.mkdir(mode=0o700)
         self._model_directories.append(path)
         return path
+
+    def drop_model_directory(self, path: Path) -> None:
+        """Removes the directory of a model version that has gone."""
+        self._model_directories.remove(path)
+        shutil.rmtree(path, ignore_errors=True)
+
+    def new_extraction(self) -> Path:
+        """A path, for the caller to make, for the files of one archive.
+
+        Raises:
+            StartupError: there is no place for it.
+        """
+        try:
+            if not self.models.is_dir():
+                if self._models_lock is not None:  # somebody has cleaned up; what was in it is extracted on a reload
+                    os.close(self._models_lock)
+                    self._models_lock = None
+                self._models_lock = _create(self.models)
+        except OSError as error:
+            raise StartupError(f"cannot create {self.models} for the files of archives: {error.strerror}") from None
+        self._extractions += 1
+        return self.models / f"x{self._extractions}"
 
     def tell(self, server: LiveServer) -> None:
         """Leaves a note for `minserve stop` and `minserve status`."""
@@ -86,7 +102,7 @@ class RuntimeDirectory:
         """
         try:
             if not self.path.is_dir():
-                before, self._lock = self._lock, self._create()
+                before, self._lock = self._lock, _create(self.path)
                 os.close(before)
                 logger.warning("the runtime directory %s was removed; it has been made anew", self.path)
             (self.path / MARKER).touch()
@@ -101,6 +117,26 @@ class RuntimeDirectory:
         """Removes everything."""
         shutil.rmtree(self.path, ignore_errors=True)
         os.close(self._lock)
+        if self._models_lock is not None:
+            shutil.rmtree(self.models, ignore_errors=True)
+            os.close(self._models_lock)
+
+
+def _create(path: Path) -> int:
+    """Makes a directory of this server. Returns the lock on it."""
+    # Locked before it has its name: another server that starts just now must not take it for a dead one's.
+    unnamed = path.with_name(f".{path.name}")
+    shutil.rmtree(unnamed, ignore_errors=True)  # of a server with our pid that was killed on these lines
+    unnamed.mkdir(mode=0o700)
+    lock = os.open(unnamed, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        (unnamed / MARKER).touch()
+        unnamed.rename(path)
+    except OSError:
+        os.close(lock)
+        raise
+    return lock
 
 
 def _roots(environ: Mapping[str, str]) -> list[Path]:
@@ -128,11 +164,27 @@ def runtime_root(environ: Mapping[str, str]) -> Path:
 
 @dataclass(frozen=True, slots=True)
 class LiveServer:
-    """A server that runs, from the file that it leaves in its directory."""
+    """A server that runs, from the file that it leaves in its directory.
+
+    Attributes:
+        inference: its address, as those of management and metrics, see `minserve.client`; that of metrics may be "".
+        certificate: the server's, in PEM; "" without TLS.
+        key_file: where the keys stand that requests need; "": they need none.
+    """
 
     pid: int
     inference: str
     management: str
+    metrics: str = ""
+    certificate: str = ""
+    key_file: str = ""
+
+    def management_key(self) -> str:
+        """The key for its management address; "" if it needs none, or cannot be read by this user."""
+        try:
+            return str(json.loads(Path(self.key_file).read_bytes())["management"]["key"]) if self.key_file else ""
+        except (OSError, ValueError, KeyError, TypeError):
+            return ""
 
 
 def live_servers(environ: Mapping[str, str]) -> list[LiveServer]:

@@ -13,6 +13,9 @@ if TYPE_CHECKING:
     from minserve.config.model import ModelConfig
 
 
+USUAL_VERSION = "1.0"  # of a model that names none
+
+
 @dataclass(frozen=True, slots=True)
 class ModelSpec:
     """One model version.
@@ -24,6 +27,14 @@ class ModelSpec:
         response_timeout, startup_timeout: seconds; the YAML's, else the server's.
         queue_limit: most requests that wait.
         debug: whether the ranks log at DEBUG.
+        handler: `file.py[:name]`, or the name of a shipped handler such as `image_classifier`.
+        manifest: text of MANIFEST.json; "" for a model directory without one.
+        envelope: name of the request envelope; "" for none.
+        url: what the model was registered under: a file of the store, a path, an address.
+        runtime: of the manifest: python or python3.
+        limit_max_image_pixels, decode_input: the server's options, for the ranks.
+        metrics: the declared model metrics as JSON, see `Load.metrics`.
+        python: interpreter of the model's own virtual environment; "" for the server's.
     """
 
     name: str
@@ -36,6 +47,20 @@ class ModelSpec:
     startup_timeout: float
     queue_limit: int
     debug: bool = False
+    handler: str = "handler.py"
+    manifest: str = ""
+    envelope: str = ""
+    url: str = ""
+    runtime: str = "python"
+    limit_max_image_pixels: bool = True
+    decode_input: bool = True
+    metrics: str = ""
+    python: str = ""
+
+    @property
+    def title(self) -> str:
+        """The name, with the version unless that is the usual one: what messages, and owners of devices, go by."""
+        return self.name if self.version == USUAL_VERSION else f"{self.name}:{self.version}"
 
     @property
     def limits(self) -> Limits:
@@ -43,7 +68,7 @@ class ModelSpec:
         options = self.config.minserve
         first = options.first_batch_timeout
         return Limits(
-            in_flight=options.in_flight or 1,
+            in_flight=options.in_flight or (self.queue_limit if self.asynchronous else 1),
             response_timeout=self.response_timeout,
             first_batch_timeout=5 * self.response_timeout if first is None else first,
             error_grace=options.error_grace,
@@ -51,7 +76,13 @@ class ModelSpec:
             stall_timeout=options.stall_timeout,
             stream_ahead=options.stream_ahead,
             stream_buffer=options.stream_buffer,
+            any_order=self.asynchronous,
         )
+
+    @property
+    def asynchronous(self) -> bool:
+        """Whether a worker has many requests under way and answers them in any order: never with several ranks."""
+        return self.config.async_communication and self.world_size == 1
 
     @property
     def request_timeout(self) -> float:

@@ -28,6 +28,7 @@ class Streams:
     def __init__(self, links: Sequence[RankLink], limits: Limits, steps: Callable[[int, int], int]) -> None:
         self._links = links
         self._ahead = limits.stream_ahead
+        self._any_order = limits.any_order
         self._steps = steps
 
     def govern(self, batch: Outstanding) -> None:
@@ -47,9 +48,9 @@ class Streams:
     def _may_cancel(self, batch: Outstanding) -> bool:
         """Whether every rank takes part in the stream. One that has counted no step may be in another place altogether.
 
-        A handler that sends on rank 0 alone runs on, for nobody, to its end.
+        A handler that sends on rank 0 alone runs on, for nobody, to its end. A single rank keeps step with nobody.
         """
-        return all(self._steps(link.rank, batch.seq) for link in self._links)
+        return self._any_order or all(self._steps(link.rank, batch.seq) for link in self._links)
 
     def _tell(self, kind: Kind, batch: Outstanding, step: int) -> None:
         frame = [pack(kind, Step(step), batch.seq)]

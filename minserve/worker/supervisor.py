@@ -6,10 +6,12 @@ import asyncio
 import logging
 from typing import TYPE_CHECKING
 
-from minserve.errors import Draining, MinServeError, ModelUnhealthy, WorkerFailed
+from minserve.errors import Draining, MinServeError, ModelUnhealthy, NoWorkers, WorkerFailed
 from minserve.telemetry.events import EventKind
 from minserve.worker.crew import Crew
 from minserve.worker.scaling import Scale, Scaler
+from minserve.worker.starting import Starting
+from minserve.worker.states import State
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
@@ -28,7 +30,7 @@ LOOK_S = 1.0  # between two looks at the load
 
 
 class Supervisor:
-    """Runs between `count` and maxWorkers workers of one model version.
+    """Runs between `count` and maxWorkers workers of one model version. With no worker at all requests are refused.
 
     Args:
         on_change: called when a worker's state has changed, for those who watch the start.
@@ -48,8 +50,10 @@ class Supervisor:
         self._spec = spec
         self._dispatcher = dispatcher
         self._events = events
-        self._crew = Crew(directory, dispatcher, devices, environ, events, self._given_up, on_change)
-        self._scaler = _scaler(spec, count)
+        self._crew = Crew(directory, dispatcher, devices, environ, events, self._given_up, self._changed)
+        self._on_change = on_change
+        self._starting = Starting(self._crew)
+        self._scaler = _scaler(spec, count, spec.config.max_workers_or(count))
         self._verdict: WorkerFailed | None = None
         self._change: asyncio.Task[None] | None = None
         self._scaling: asyncio.Task[None] | None = None
@@ -59,7 +63,51 @@ class Supervisor:
 
     def start(self) -> None:
         """Begins to start the workers."""
+        self._starting.expect(self._scaler.fewest)
         self._crew.begin(self._spec, self._scaler.fewest)
+        self._admit()
+        self._resume_scaling()
+
+    async def started(self) -> None:
+        """Waits until as many workers are READY as there are at the fewest.
+
+        Raises:
+            WorkerFailed: of one that is not READY and has failed since `start`, or since the last `resize`. It is started
+                again all the same.
+            Draining: the model is stopped.
+        """
+        await self._starting.wait()
+
+    async def resize(self, fewest: int, most: int) -> None:
+        """Runs between `fewest` and `most` workers from now on; with `fewest` 0 none.
+
+        Begins to start what is missing, at once and for as long as that takes, also in the place of workers that were given
+        up; what is too many leaves once it has finished what it has in flight. Not while a `replace` is under way.
+
+        Raises:
+            Draining: the server is stopping.
+        """
+        assert self._change is None or self._change.done()
+        await _cancel(self._scaling)
+        if self._stopping:
+            raise Draining(f'Model "{self._spec.name}": the server is shutting down')
+        crew, most = self._crew, most if fewest else 0
+        self._scaler = _scaler(self._spec, fewest, most)
+        for keeper in list(crew.in_charge):
+            if keeper.given_up is not None:
+                crew.let_go(keeper, 0.0)
+        before = len(crew.in_charge)
+        # Those that serve stay, and among them the busiest.
+        by_use = sorted(crew.in_charge, key=_use)
+        for keeper in by_use[: max(0, before - most)]:
+            crew.let_go(keeper, _drain_timeout(self._spec))
+        self._starting.expect(fewest)
+        crew.begin(self._spec, max(0, fewest - before))
+        after = len(crew.in_charge)
+        if before != after:
+            self._scaled(f"{before} → {after} workers: asked for {fewest} to {most}")
+        self._verdict = None
+        self._admit()
         self._resume_scaling()
 
     async def replace(self, spec: ModelSpec, count: int) -> None:
@@ -89,13 +137,18 @@ class Supervisor:
         """Waits until the workers that leave have ended."""
         await self._crew.settled()
 
-    async def stop(self, drain_timeout: float) -> None:
+    async def stop(self, drain_timeout: float, refusal: MinServeError | None = None) -> None:
         """Refuses what waits and what still comes, lets finish what is in flight, and ends every worker.
 
         Cancelling it ends them at once, and waits for that, too.
+
+        Args:
+            refusal: what those get who still come; by default that the server is shutting down.
         """
         self._stopping = True
-        self._dispatcher.refuse(Draining(f'Model "{self._spec.name}": the server is shutting down'))
+        refusal = refusal or Draining(f'Model "{self._spec.name}": the server is shutting down')
+        self._dispatcher.refuse(refusal)
+        self._starting.end(refusal)
         try:
             await _cancel(self._change, self._scaling)
             await self._crew.stop(drain_timeout)
@@ -113,13 +166,13 @@ class Supervisor:
 
     @property
     def not_ready(self) -> str | None:
-        """Why no worker takes batches just now; None while one does."""
+        """Why no worker takes batches just now; None while one does, and where none is asked for."""
         if self._verdict is not None:
             return str(self._verdict)
-        if self._crew.serving:
+        if self._crew.serving or (self._scaler.fewest == 0 and not self._stopping):
             return None
         workers = [
-            f"{self._spec.name}/{report.number} is {report.state}"
+            f"{self._spec.title}/{report.number} is {report.state}"
             + (f", its last error was: {report.last_error}" if report.last_error else "")
             for report in self.report()
         ]
@@ -141,6 +194,19 @@ class Supervisor:
         elif len(self._crew.in_charge) > self._scaler.fewest:  # it was added, and the model does without it
             self._crew.let_go(keeper, 0.0)
             self._scaled(f"{keeper.worker.who} is dropped: {error}; next try in {self._scaler.failed():g} s")
+
+    def _changed(self) -> None:
+        self._starting.look()
+        self._on_change()
+
+    # ── admission ──
+
+    def _admit(self) -> None:
+        """Where no worker is asked for requests are refused at once: nobody would ever take them."""
+        if self._scaler.fewest == 0:
+            self._dispatcher.refuse(NoWorkers(self._spec.name))
+        else:
+            self._dispatcher.admit()
 
     def _revive(self) -> bool:
         """A worker serves again, whatever was said before. Returns whether the model had been given up."""
@@ -168,7 +234,7 @@ class Supervisor:
             self._resume_scaling()
 
     async def _start_others(self, spec: ModelSpec, count: int) -> None:
-        crew, scaler = self._crew, _scaler(spec, count)
+        crew, scaler = self._crew, _scaler(spec, count, spec.config.max_workers_or(count))
         drain_timeout = _drain_timeout(self._spec)
         await crew.settled()  # those that leave may hold devices
         before = len(crew.in_charge)
@@ -182,9 +248,10 @@ class Supervisor:
             await crew.settled()
             others = crew.recruit(spec, wanted)
         try:
-            await crew.start(others)
+            if others:
+                await crew.start(others)
         except WorkerFailed as error:
-            if self._verdict is not None or not before:
+            if self._verdict is not None or (not before and self._scaler.fewest):
                 self._condemn(error)
             elif not beside:
                 await crew.settled()
@@ -196,7 +263,10 @@ class Supervisor:
         self._dispatcher.configure(config.batch_size, config.max_batch_delay / 1000, spec.queue_limit, retries)
         crew.take_over(others)
         self._spec, self._scaler = spec, scaler
+        self._starting.expect(scaler.fewest)
+        self._starting.look()
         if not self._revive():
+            self._admit()
             self._events.record(EventKind.RELOADED, f"with {wanted} new workers")
 
     def _dismiss_all(self, drain_timeout: float) -> None:
@@ -248,11 +318,16 @@ class Supervisor:
         self._events.record(EventKind.SCALED, detail)
 
 
-def _scaler(spec: ModelSpec, count: int) -> Scaler:
+def _scaler(spec: ModelSpec, fewest: int, most: int) -> Scaler:
     config = spec.config
     up_wait = config.minserve.scale_up_wait + config.max_batch_delay / 1000  # to wait for company is no sign of load
-    most = config.max_workers_or(count)
-    return Scaler(asyncio.get_running_loop(), count, most, up_wait, config.minserve.scale_down_idle)
+    return Scaler(asyncio.get_running_loop(), fewest, most, up_wait, config.minserve.scale_down_idle)
+
+
+def _use(keeper: Keeper) -> tuple[bool, bool, float]:
+    """What is lost when a worker leaves: the least first."""
+    worker = keeper.worker
+    return worker.serving, worker.state is State.BUSY, -keeper.idle()
 
 
 def _drain_timeout(spec: ModelSpec) -> float:

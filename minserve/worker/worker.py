@@ -80,7 +80,7 @@ class Worker:
         dispatcher: where the requests come from, once `serve` is called.
 
     Attributes:
-        who: "model/number" for messages.
+        who: "model/number" for messages, "model:version/number" for a version that is not the usual one.
         comeback: tells, in how many seconds it will be READY again when its group fails now, None if never; the argument
             says whether the group has carried a batch through. Requests in flight are told when to try again.
         sent: batches that it was given.
@@ -103,7 +103,7 @@ class Worker:
         self._allocator = devices
         self._environ = environ
         self._events = events
-        self.who = f"{spec.name}/{number}"
+        self.who = f"{spec.title}/{number}"
         self.comeback: Callable[[bool], float | None] = lambda served: None
         self.sent = 0
         self._state = State.STOPPED
@@ -166,7 +166,7 @@ class Worker:
             assert self._devices is not None
             self._group = RankGroup(
                 *(self._spec, self.who, self.number, self._directory, self._devices, self._environ),
-                *(self._on_free, self._dispatcher.retry, self._happened),
+                *(self._on_free, self._dispatcher.retry, self._happened, self._dispatcher.meters),
             )
             self._group.failed.add_done_callback(self._set_retry_after)
             self._group.launch()
@@ -193,6 +193,7 @@ class Worker:
             self._on(Trigger.ENDED)
             raise
         self._on(Trigger.LOADED)
+        self._dispatcher.meters.loaded(self.number, loop.time() - began)
         logger.info("%s: ready after %.1f s", self.who, loop.time() - began)
 
     def serve(self) -> None:
@@ -257,6 +258,11 @@ class Worker:
         self._group.send(requests)
 
     # ── for operators ──
+
+    @property
+    def last_error(self) -> WorkerFailed | None:
+        """Why its last rank group that failed did."""
+        return self._last_error
 
     def report(self) -> WorkerReport:
         """What it is doing, for `/models/{model}` and `minserve status`."""

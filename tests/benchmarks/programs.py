@@ -104,7 +104,8 @@ def _tail(log: Path) -> str:
 
 def start_minserve(workspace: Workspace, name: str, store: Path) -> Program:
     """A server of every model in the store. `wait_for_inference` tells when they are READY."""
-    arguments = ("start", "--model-store", str(store), "--inference-port", "0", "--management-port", "0")
+    ports = ("--inference-port", "0", "--management-port", "0", "--metrics-port", "0")
+    arguments = ("start", "--model-store", str(store), *ports)
     return Program(workspace, name, ("-m", "minserve", *arguments))
 
 

@@ -54,7 +54,7 @@ class ChaosServer:
         """Spawns it. Whether it listens and its models are READY is for the caller to see."""
         path = [str(SITE), os.environ.get("PYTHONPATH", ""), str(REPOSITORY)]
         inference, management = self._ports
-        options = ("--inference-port", str(inference), "--management-port", str(management))
+        options = ("--inference-port", str(inference), "--management-port", str(management), "--metrics-port", "0")
         self.generation += 1
         environ = {
             **os.environ,

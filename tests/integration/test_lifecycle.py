@@ -183,7 +183,7 @@ def test_detached_start_status_and_stop(tmp_path: Path) -> None:
     store = tmp_path / "store"
     store.mkdir()
     (store / "echo").symlink_to(DEMO_MODELS / "echo")
-    ports = ["--inference-port", "0", "--management-port", "0"]
+    ports = ["--inference-port", "0", "--management-port", "0", "--metrics-port", "0"]
     started = minserve("start", tmp_path, "--model-store", str(store), "--detach", *ports, cwd=tmp_path)
     assert started.returncode == 0, started.stderr
     pid = int(started.stdout.partition("pid ")[2].partition(",")[0])

@@ -326,6 +326,7 @@ def test_as_pid_1_it_reaps_serves_and_ends(single: Path) -> None:
     (home / "store").mkdir()
     (home / "store" / "single").symlink_to(single)
     arguments = ["--model-store", str(home / "store"), "--inference-port", "0", "--management-port", "0"]
+    arguments += ["--metrics-port", "0"]
     with (home / "log").open("wb") as log:
         namespace = ["unshare", "--pid", "--fork", "--kill-child", "--mount-proc"]
         process = subprocess.Popen(
@@ -360,6 +361,7 @@ def test_pipes_that_nobody_reads_hold_up_neither_requests_nor_the_end(single: Pa
     (home / "store").mkdir()
     (home / "store" / "single").symlink_to(single)
     arguments = ["--model-store", str(home / "store"), "--inference-port", "0", "--management-port", "0"]
+    arguments += ["--metrics-port", "0"]
     process = subprocess.Popen(
         [sys.executable, "-m", "minserve", "start", "--log-level", "debug", *arguments],
         stdin=subprocess.DEVNULL,

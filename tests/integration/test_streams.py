@@ -72,6 +72,13 @@ def test_a_stream_of_many_steps_comes_whole(running: RunningServer, how: str) ->
     assert assert_in_step(running)[0] == 100
 
 
+def test_a_client_that_accepts_events_gets_each_step_as_one(running: RunningServer) -> None:
+    order = json.dumps({"do": "generate", "steps": 3})
+    answer = running.predict("streaming", order, headers={"Accept": "text/event-stream"})
+    assert answer.body == b"data: x\n\n" * 3
+    assert_in_step(running)
+
+
 @pytest.mark.parametrize("how", ["generate", "from_a_thread"])
 def test_a_client_that_leaves_ends_the_stream_on_every_rank_at_the_same_step(running: RunningServer, how: str) -> None:
     restarts = running.restarts("streaming")

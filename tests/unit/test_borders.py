@@ -17,9 +17,10 @@ ROOT = Path(minserve.__file__).parent
 SERVER_HALF = [
     {"__main__"},
     {"cli"},
-    {"checking", "console", "replay"},
+    {"archiver", "checking", "console", "replay", "torchserve"},
     {"playlist"},
     {"recording"},
+    {"client"},
     {"server"},
     {"frontend"},
     {"registry"},

@@ -12,6 +12,7 @@ from typer.testing import CliRunner, Result
 
 import minserve
 from minserve.cli import app
+from minserve.client import Client
 from minserve.wire.messages import Part, RequestMeta
 from minserve.wire.recording import MAGIC, AnyRecord, Header, Sent, encode
 
@@ -205,14 +206,14 @@ def test_start_without_a_valid_model_says_what_is_wrong_and_exits_with_1(environ
     assert "Traceback" not in result.stderr
 
 
-@pytest.mark.parametrize("option", ["--inference-port", "--management-port"])
+@pytest.mark.parametrize("option", ["--inference-port", "--management-port", "--metrics-port"])
 def test_start_on_a_taken_port_is_one_line_and_no_rank(environ: dict[str, str], store: Path, option: str) -> None:
-    other = ({"--inference-port", "--management-port"} - {option}).pop()
+    others = {"--inference-port", "--management-port", "--metrics-port"} - {option}
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
         taken.listen()
         port = taken.getsockname()[1]
-        result = start(environ, "--model-store", store, option, port, other, 0)
+        result = start(environ, "--model-store", store, option, port, *(part for other in others for part in (other, 0)))
     assert (result.returncode, result.stdout) == (1, "")
     (line,) = result.stderr.splitlines()
     assert line == f"minserve: cannot listen on 127.0.0.1:{port}: Address already in use; {option} chooses another"
@@ -333,9 +334,9 @@ def management(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     worker = {"id": "0", "state": "READY", "restarts": 0, "ranks": []}
     event = {"time": "2023", "worker": 0, "rank": None, "pid": 0, "kind": "restart", "detail": "in 1 s", "count": 2}
 
-    def get(url: str) -> object:
-        asked.append(url)
-        path = url.partition("/models")[2]
+    def get(client: Client, path: str) -> object:
+        asked.append(client.url + path)
+        path = path.removeprefix("/models")
         if path.startswith("?"):
             page: dict[str, object] = {"models": [{"modelName": "a" if path.endswith("=0") else "b"}]}
             return page | ({"nextPageToken": "1"} if path.endswith("=0") else {})

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from minserve.client import Client
 from minserve.recording import LEAST_BYTES, RecordingError, RecordingFile, before_of, read_recording, record
 from minserve.wire.messages import Part, RequestMeta
 from minserve.wire.recording import MAGIC, AnyRecord, Ended, Header, Sent, Stopped, encode
@@ -174,7 +175,7 @@ def test_a_recording_is_kept_until_the_server_ends_it(tmp_path: Path) -> None:
     file = RecordingFile(tmp_path / "recording")
     said: list[str] = []
     with answering(chunked(*RECORDED, encode(Stopped("m/0 was stopped"))) + b"0\r\n\r\n") as url:
-        reason = record(url, "m", 0, True, file, said.append)
+        reason = record(Client(url), "m", 0, True, file, said.append)
     file.close()
     assert reason == "m/0 was stopped"
     assert said == ["recording m/0, with bodies; Ctrl-C ends it"]
@@ -185,7 +186,7 @@ def test_a_recording_is_kept_until_the_server_ends_it(tmp_path: Path) -> None:
 def test_a_server_that_dies_is_told_and_what_came_is_kept(tmp_path: Path) -> None:
     file = RecordingFile(tmp_path / "recording")
     with answering(chunked(*RECORDED)) as url, pytest.raises(RecordingError, match=f"{url}: IncompleteRead"):
-        record(url, "m", 0, True, file, lambda _: None)
+        record(Client(url), "m", 0, True, file, lambda _: None)
     file.close()
     assert seqs(read_recording(tmp_path / "recording")[0]) == [1, 2]
 
@@ -201,7 +202,7 @@ def test_a_server_that_dies_is_told_and_what_came_is_kept(tmp_path: Path) -> Non
 def test_a_server_that_refuses_is_told_and_no_file_is_left(tmp_path: Path, answer: bytes, message: str) -> None:
     file = RecordingFile(tmp_path / "recording")
     with answering(answer) as url, pytest.raises(Exception, match=message):
-        record(url, "m", 0, False, file, lambda _: None)
+        record(Client(url), "m", 0, False, file, lambda _: None)
     file.close()
     assert list(tmp_path.iterdir()) == []
 
@@ -210,4 +211,4 @@ def test_no_server_is_told(tmp_path: Path) -> None:
     with socket.create_server(("127.0.0.1", 0)) as listener:
         url = f"http://127.0.0.1:{listener.getsockname()[1]}"
     with pytest.raises(RecordingError, match=f"{url}: Connection refused"):
-        record(url, "m", 0, False, RecordingFile(tmp_path / "recording"), lambda _: None)
+        record(Client(url), "m", 0, False, RecordingFile(tmp_path / "recording"), lambda _: None)

@@ -11,10 +11,11 @@ from pathlib import Path
 
 import pytest
 
+from minserve.client import Client
 from minserve.config.server import ServerOptions
-from minserve.errors import StartupError
-from minserve.registry.models import Registry
-from minserve.server import SIGNALS, Server, _raise_open_files
+from minserve.errors import MinServeError, StartupError
+from minserve.registry.models import Registry, ValidModel
+from minserve.server import SIGNALS, Server, _raise_open_files, environment_of_models
 from minserve.worker.runtime import live_servers
 from tests.unit.frontend.rig import FakeSupervisor
 
@@ -51,7 +52,9 @@ def model(store: Path, name: str, text: str) -> None:
 
 
 def options(store: Path, **more: object) -> ServerOptions:
-    return ServerOptions.model_validate({"model_store": str(store), "inference_port": 0, "management_port": 0, **more})
+    return ServerOptions.model_validate(
+        {"model_store": str(store), "inference_port": 0, "management_port": 0, "metrics_port": 0, **more}
+    )
 
 
 async def get(url: str) -> int:
@@ -125,7 +128,7 @@ async def test_groups_choose_their_devices_before_single_processes(
     ("more", "message"),
     [
         ({"model_store": "/nonexistent"}, "^model store /nonexistent: no such directory$"),
-        ({"load_models": ["none"]}, "^model none: no directory "),
+        ({"load_models": ["none"]}, "^model none: .*/none: no such directory or archive$"),
         ({"load_models": ["bad"]}, "^no model with a valid configuration in .*: .*batchSize: found true"),
         ({"load_models": []}, "^no model with a valid configuration in .*: there is none$"),
         ({"load_models": ["good", "good"]}, "^two models are called good: .*/good is the second$"),
@@ -165,7 +168,7 @@ class Draining(FakeSupervisor):
     began: asyncio.Event
     cut_short: bool = False
 
-    async def stop(self, drain_timeout: float) -> None:
+    async def stop(self, drain_timeout: float, refusal: MinServeError | None = None) -> None:
         self.began.set()
         if self.cut_short:
             return
@@ -248,13 +251,29 @@ async def test_a_terminal_that_closes_does_not_cut_anything_short(
 
 
 async def test_signals_that_come_before_the_server_listens_count(
+    store: Path, environ: dict[str, str], draining: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stopping = Stopping(store, environ)
+    add = Registry.add
+
+    def add_and_signal(registry: Registry, model: ValidModel) -> None:
+        add(registry, model)
+        for number in (signal.SIGTERM, signal.SIGINT):
+            stopping.server._signalled(number)
+
+    monkeypatch.setattr(Registry, "add", add_and_signal)
+    await stopping.end()
+    assert Draining.cut_short
+
+
+async def test_a_server_that_is_stopped_while_it_reads_its_models_starts_none(
     store: Path, environ: dict[str, str], draining: None
 ) -> None:
     stopping = Stopping(store, environ)
-    for number in (signal.SIGTERM, signal.SIGINT):
-        stopping.server._signalled(number)
+    stopping.server._signalled(signal.SIGTERM)
     await stopping.end()
-    assert Draining.cut_short
+    assert not Draining.began.is_set()
+    assert os.listdir(environ["MINSERVE_RUNTIME_DIR"]) == []
 
 
 async def test_a_drain_that_fails_is_told(
@@ -323,3 +342,63 @@ async def test_the_server_takes_as_many_descriptors_as_it_may(
     monkeypatch.setattr(resource, "setrlimit", lambda _, both: limits.append(both))
     _raise_open_files()
     assert limits == ([] if wanted is None else [(wanted, hard)])
+
+
+# ── addresses, and what models get of the environment ──
+
+
+async def test_one_address_for_all_three(
+    store: Path, environ: dict[str, str], tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    folder = tmp_path_factory.mktemp("s")
+    url = f"unix:{folder}/s"
+    addresses = {"inference_address": url, "management_address": url, "metrics_address": url}
+    server = Server(options(store, **addresses), environ)
+    run = asyncio.create_task(server.run())
+    async with asyncio.timeout(10):
+        await server.listening.wait()
+        assert {server.inference_url, server.management_url, server.metrics_url} == {url}
+
+        def statuses() -> list[int]:
+            found = []
+            for path in ("/ping", "/predictions/none", "/models/good", "/metrics", "/nothing"):
+                link = Client(url).connection(10)
+                link.request("GET", path)
+                found.append(link.getresponse().status)
+                link.close()
+            return found
+
+        assert await asyncio.to_thread(statuses) == [200, 404, 200, 200, 404]
+        os.kill(os.getpid(), signal.SIGTERM)
+        await run
+    assert os.listdir(folder) == []
+
+
+async def test_without_metrics_there_is_no_address_for_them(store: Path, environ: dict[str, str]) -> None:
+    server = Server(options(store, enable_metrics_api=False), environ)
+    run = asyncio.create_task(server.run())
+    async with asyncio.timeout(10):
+        await server.listening.wait()
+        (live,) = live_servers(environ)
+        assert (server.metrics_url, live.metrics) == ("", "")
+        assert await get(f"{server.inference_url}/metrics") == 404
+        os.kill(os.getpid(), signal.SIGTERM)
+        await run
+
+
+async def test_a_certificate_that_is_not_there_is_known_before_a_worker_starts(
+    store: Path, environ: dict[str, str]
+) -> None:
+    wrong = {"inference_address": "https://127.0.0.1:0", "certificate_file": "/none", "private_key_file": "/none"}
+    server = Server(options(store, **wrong), environ)
+    with pytest.raises(StartupError, match="private_key_file /none: No such file"):
+        await server.run()
+    assert not hasattr(server, "registry")
+
+
+async def test_models_get_the_environment_without_what_is_blacklisted() -> None:
+    environ = {"AWS_KEY": "x", "MY_AWS_KEY": "y", "PATH": "/bin"}
+    wanted = ServerOptions(blacklist_env_vars="AWS_.*|PATHS")
+    assert environment_of_models(wanted, environ) == {"MY_AWS_KEY": "y", "PATH": "/bin"}
+    assert environment_of_models(ServerOptions(number_of_gpu=0), environ) == {**environ, "CUDA_VISIBLE_DEVICES": ""}
+    assert environment_of_models(ServerOptions(number_of_gpu=1), {"": "x", **environ})["AWS_KEY"] == "x"

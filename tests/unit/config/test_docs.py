@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from minserve.config.model import json_schema
-from minserve.config.server import ServerOptions
+from minserve.config.reference import server_options
 
 TEXT = (Path(__file__).parents[3] / "docs" / "configuration.md").read_text()
 SCHEMA = json_schema()
@@ -32,8 +32,13 @@ def properties(name: str) -> set[str]:
         ("## model-config.yaml", "### `torchrun:`", set(SCHEMA["properties"]) - SECTIONS),  # type: ignore[call-overload]
         ("### `torchrun:`", "### `minserve:`", properties("TorchrunConfig")),
         ("### `minserve:`", "### Where minserve deliberately differs from TorchServe", properties("MinServeConfig")),
-        ("## Server options", "## the end", set(ServerOptions.model_fields)),
     ],
 )
 def test_every_option_has_its_row(begin: str, end: str, keys: set[str]) -> None:
     assert rows(begin, end) == keys
+
+
+def test_the_server_options_are_what_the_code_says() -> None:
+    begin = "<!-- from `python -m minserve.config.reference` -->\n\n"
+    there = TEXT.partition(begin)[2].partition("\n\n<!-- to here -->")[0]
+    assert there == server_options(), "put the output of `python -m minserve.config.reference` in its place"

@@ -116,6 +116,7 @@ minserve:
   probeInterval: 5
   scaleUpWait: 0.5
   scaleDownIdle: 10
+  predictOn: all
 handler: {model_path: weights, profile: true}
 pippy: {chunks: 1}
 pt2: inductor
@@ -326,8 +327,6 @@ def test_a_misspelled_key(read: Read, text: str, key: str, meant: str) -> None:
         ("useJobTicket: true", ["useJobTicket: found true", "understood, not yet acted on"]),
         ("continuousBatching: true", ["continuousBatching: found true", "understood, not yet acted on"]),
         ("sequenceBatching: true", ["sequenceBatching: found true", "understood, not yet acted on"]),
-        ("asyncCommunication: true", ["asyncCommunication: found true", "understood, not yet acted on"]),
-        ("useVenv: true", ["useVenv: found true", "understood, not yet acted on"]),
     ],
 )
 def test_a_warning(read: Read, text: str, parts: list[str]) -> None:

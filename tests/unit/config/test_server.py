@@ -43,7 +43,7 @@ def test_an_empty_file_is_fine(file: Path, text: str) -> None:
     [
         (
             "inference_prot: 1",
-            "inference_prot: found an unknown option, allowed: body_timeout, .*; did you mean inference_port\\?",
+            "inference_prot: found an unknown option, allowed: access_log, .*; did you mean inference_port\\?",
         ),
         ("\nzzz: 1", ":2: zzz: found an unknown option, allowed: [^;]*$"),
         ('inference_port: "8080"', 'found "8080" .a string., allowed: an integer from 0 to 65535; 0 picks a free port'),

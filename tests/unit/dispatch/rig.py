@@ -65,8 +65,10 @@ class Rig:
         return lane
 
     def request(self, name: str, timeout: float = 60.0) -> Request:
+        """A request by a letter: x and y explain, D and E describe, the others predict."""
         reply: asyncio.Future[Reply] = asyncio.get_running_loop().create_future()
-        return Request(RequestMeta(name, (), ()), [], self.clock.time() + timeout, reply)
+        operation = "explain" if name in "xy" else "describe" if name in "DE" else ""
+        return Request(RequestMeta(name, (), (), operation=operation), [], self.clock.time() + timeout, reply)
 
     async def submit(self, names: str, timeout: float = 60.0) -> list[asyncio.Task[Reply]]:
         """One request for each letter, all of them before the dispatcher gets to cut."""

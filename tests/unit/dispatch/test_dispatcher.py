@@ -32,7 +32,7 @@ async def test_the_queue_is_bounded_and_what_is_under_way_does_not_count() -> No
     tasks += await rig.submit("bc")
     assert (rig.dispatcher.queued, rig.dispatcher.remaining) == (2, 0)
     (refused,) = await rig.submit("d")
-    with pytest.raises(QueueFull, match=r'Model "m": 2 requests wait already'):
+    with pytest.raises(QueueFull, match=r'Model "m" has no worker to serve .*: 2 requests wait already'):
         await refused
     rig.lane.free()
     await rig.advance()
@@ -597,6 +597,10 @@ class Traffic(RuleBasedStateMachine):
         assert all(1 <= len(batch) <= self.BATCH for lane in self.lanes + self.gone for batch in lane.sent)
 
     @invariant()
+    def whoever_waits_for_all_answers_waits_for_them_and_no_longer(self) -> None:
+        assert self.dispatcher._idle.is_set() == (not self.dispatcher._live)
+
+    @invariant()
     def nothing_waits_that_could_go(self) -> None:
         self.rig.clock.advance()
         self.run(settle())
@@ -628,3 +632,50 @@ class Traffic(RuleBasedStateMachine):
 
 TestTraffic = Traffic.TestCase
 TestTraffic.settings = hypothesis.settings(max_examples=60, stateful_step_count=40, deadline=None)
+
+
+@pytest.mark.asyncio
+async def test_a_batch_is_of_one_operation_and_a_describe_travels_alone() -> None:
+    rig = Rig(batch_size=4)
+    await rig.submit("abxycDED")
+    await rig.advance()
+    for _ in range(6):
+        rig.lane.free()
+        await rig.advance()
+    assert rig.lane.sent == [["a", "b"], ["x", "y"], ["c"], ["D"], ["E"], ["D"]]
+
+
+# ── what is measured ──
+
+
+@pytest.mark.asyncio
+async def test_waiting_for_company_and_for_a_place_are_measured_apart() -> None:
+    rig = Rig(batch_size=2, max_delay=1.0)
+    meters = rig.dispatcher.meters
+    meters.now = rig.clock.time
+    tasks = await rig.submit("a")
+    await rig.advance(0.25)
+    tasks += await rig.submit("b")  # the batch is full: "a" has waited 0.25 s for it
+    tasks += await rig.submit("c")  # due in 1 s, but the lane is taken for 3 s
+    await rig.advance(3.0)
+    rig.lane.free()
+    await rig.advance()
+    rig.lane.free()
+    await asyncio.gather(*tasks)
+    assert meters.batch_wait.total == pytest.approx(0.25 + 1.0)
+    assert meters.queue.total == pytest.approx(2.0)
+    assert meters.queue.buckets()[-1][1] == meters.batch_wait.buckets()[-1][1] == 3
+
+
+@pytest.mark.asyncio
+async def test_a_request_that_is_refused_counts_and_one_that_describes_does_not() -> None:
+    rig = Rig()
+    rig.dispatcher.refuse(ModelUnhealthy("no"))
+    asked = rig.request("a")
+    described = rig.request("b")
+    described.meta.operation = "describe"
+    for request in (asked, described):
+        with pytest.raises(ModelUnhealthy):
+            await rig.dispatcher.submit(request)
+    lines = rig.dispatcher.meters._metrics.text().splitlines()
+    assert [line[-4:] for line in lines if line.startswith("ts_inference_requests_total{")] == [" 1.0"]

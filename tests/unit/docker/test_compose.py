@@ -36,9 +36,10 @@ def test_the_drain_and_the_ranks_end_fit_into_the_grace_period(service: dict[str
 
 
 @each_service
-def test_both_ports_are_published_on_loopback_only(service: dict[str, Any]) -> None:
+def test_all_ports_are_published_on_loopback_only(service: dict[str, Any]) -> None:
     options = ServerOptions()
-    wanted = [f"127.0.0.1:{port}:{port}" for port in (options.inference_port, options.management_port)]
+    ports = (options.inference_port, options.management_port, options.metrics_port)
+    wanted = [f"127.0.0.1:{port}:{port}" for port in ports]
     assert service["ports"] == wanted
 
 

@@ -22,6 +22,7 @@ from minserve.dispatch.request import Request
 from minserve.errors import MinServeError
 from minserve.frontend.admission import InFlightBytes
 from minserve.frontend.app import inference_app, management_app, runner
+from minserve.frontend.auth import Keys
 from minserve.frontend.connections import Connections
 from minserve.frontend.inference import Inference
 from minserve.registry.models import Registry, ValidModel
@@ -34,7 +35,7 @@ from minserve.worker.worker import WorkerReport
 from tests.unit.worker.specs import make_spec
 
 MAX_BODY = 1000
-OPTIONS = ServerOptions(max_request_size=MAX_BODY, max_in_flight_bytes=10 * MAX_BODY)
+OPTIONS = ServerOptions(max_request_size=MAX_BODY, max_in_flight_bytes=10 * MAX_BODY, max_response_size=2**30)
 
 Client = TestClient[web.Request, web.Application]
 
@@ -62,6 +63,8 @@ class FakeSupervisor:
         self.unhealthy: MinServeError | None = None
         self.not_ready: str | None = None
         self.stopped: list[float] = []
+        self.resized: list[tuple[int, int]] = []
+        self.starting: Exception | asyncio.Event | None = None  # what `started` raises or waits for
         self.replaced: list[tuple[ModelSpec, int]] = []
         self.replacing: Exception | asyncio.Event | None = None  # what the next `replace` raises or waits for
 
@@ -75,10 +78,19 @@ class FakeSupervisor:
             await self.replacing.wait()
         self.replaced.append((spec, count))
 
+    async def resize(self, fewest: int, most: int) -> None:
+        self.resized.append((fewest, most))
+
+    async def started(self) -> None:
+        if isinstance(self.starting, Exception):
+            raise self.starting
+        if self.starting is not None:
+            await self.starting.wait()
+
     async def settled(self) -> None:
         pass
 
-    async def stop(self, drain_timeout: float) -> None:
+    async def stop(self, drain_timeout: float, refusal: MinServeError | None = None) -> None:
         self.stopped.append(drain_timeout)
 
     def report(self) -> list[WorkerReport]:
@@ -117,10 +129,13 @@ def echo(request: Request) -> None:
 
 class FakeRuntime(RuntimeDirectory):
     def __init__(self) -> None:
-        self._models = 0
+        self.models = Path("/nonexistent")
 
     def new_model_directory(self) -> Path:
         return Path("/nonexistent")
+
+    def drop_model_directory(self, path: Path) -> None:
+        pass
 
 
 class Server(TestServer):
@@ -186,8 +201,9 @@ class Rig:
     For the connections of the inference port time passes only by `pass_time`.
     """
 
-    def __init__(self, options: ServerOptions = OPTIONS) -> None:
+    def __init__(self, options: ServerOptions = OPTIONS, keys: Keys | None = None) -> None:
         self._options = options
+        self._keys = keys
         self._now = 1000.0
         self.registry = Registry(FakeRuntime(), Inventory(), {}, lambda: None)
         self.lane = Lane()
@@ -234,8 +250,8 @@ class Rig:
         return status_of(head), head, rest
 
     async def __aenter__(self) -> Self:
-        self.inference = Client(Server(inference_app(self.registry, self._options), self._options))
-        self.management = Client(Server(management_app(self.registry, self._options), self._options))
+        self.inference = Client(Server(inference_app(self.registry, self._options, self._keys), self._options))
+        self.management = Client(Server(management_app(self.registry, self._options, self._keys), self._options))
         await self.inference.start_server()
         await self.management.start_server()
         assert isinstance(self.inference.server, Server)

@@ -27,7 +27,7 @@ def named(name: str, more: str = "") -> str:
     [
         (None, b"\x00\xff", [("body", "", b"\x00\xff")]),
         ("application/json", b'{"a": 1}', [("body", "application/json", b'{"a": 1}')]),
-        ("text/plain; charset=utf-8", "ä".encode(), [("body", "text/plain; charset=utf-8", "ä".encode())]),
+        ("text/plain; charset=utf-8", "ä".encode(), [("body", "text/plain", "ä".encode())]),
         ("image/png", b"\x89PNG", [("body", "image/png", b"\x89PNG")]),
         ("application/json", b"{not json", [("body", "application/json", b"{not json")]),  # the rank decodes
         (None, b"", [("body", "", b"")]),
@@ -35,6 +35,9 @@ def named(name: str, more: str = "") -> str:
         (FORM, b"a=%FF%00&%C3%A4=%C3%A4", [("a", "", b"\xff\x00"), ("ä", "", "ä".encode())]),
         (FORM, b"a=1&b=2&a=3", [("a", "", b"3"), ("b", "", b"2")]),
         (FORM, b"", []),
+        (FORM, b"b&a=1", [("b", "", b""), ("a", "", b"1")]),
+        (FORM, b"a=1&b", [("a", "", b"1")]),  # as TorchServe has it
+        (FORM, b'{"a": 1}', []),
         ("Application/X-WWW-Form-Urlencoded; charset=utf-8", b"a=1", [("a", "", b"1")]),
         (FORM + "-x", b"a=1", [("body", FORM + "-x", b"a=1")]),
         (

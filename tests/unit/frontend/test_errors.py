@@ -9,7 +9,7 @@ from aiohttp.test_utils import TestClient, make_mocked_request
 
 from minserve import errors
 from minserve.frontend.errors import error_response, errors_as_json, from_parser
-from minserve.frontend.routing import READ, add_route
+from minserve.frontend.routing import READ, Routes, add_route
 from tests.unit.frontend.rig import Server
 
 pytestmark = pytest.mark.asyncio
@@ -126,7 +126,7 @@ async def test_no_exception_reaches_a_client_with_its_traceback(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     app = web.Application()
-    add_route(app.router, READ, "/", handler)
+    add_route(Routes(app.router), READ, "/", handler)
     async with TestClient(Server(app)) as client, client.get("/") as response:
         assert response.status == status
         text = await response.text()

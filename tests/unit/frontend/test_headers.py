@@ -5,6 +5,7 @@ from aiohttp import web
 from aiohttp.test_utils import make_mocked_request
 
 from minserve.frontend.headers import ID, REQUEST_ID, UNTYPED, finish_headers, request_id
+from minserve.wire.messages import Answer
 from tests.unit.frontend.rig import Rig
 
 HEAD = b"POST /predictions/m HTTP/1.1\r\nHost: x\r\nx-request-id: mine\r\n"
@@ -70,3 +71,38 @@ async def test_every_answer_to_a_request_names_server_and_request(rig: Rig, rest
     assert answer[1].lower().count(b"\r\nx-request-id: ") == 1
     if not rest.endswith(b"zz\r\n") and not rest.endswith(b"abc"):  # there it may be no request of its own
         assert b"\r\nx-request-id: mine\r\n" in answer[1].replace(b"X-Request-ID", b"x-request-id")
+
+
+@pytest.mark.asyncio
+@pytest.mark.parametrize("path", ["/predictions/m", "/ping", "/predictions/none", "/nowhere"])
+async def test_no_answer_may_be_kept(rig: Rig, path: str) -> None:
+    async with rig.inference.get(path) as response:
+        assert [response.headers[name] for name in ("Pragma", "Cache-Control", "Expires", "Connection")] == [
+            "no-cache",
+            "no-cache; no-store, must-revalidate, private",
+            "Thu, 01 Jan 1970 00:00:00 UTC",
+            "keep-alive",
+        ]
+
+
+@pytest.mark.asyncio
+async def test_a_handler_may_allow_it(rig: Rig) -> None:
+    pairs = (("cache-control", "max-age=60"),)
+    rig.lane.handle = lambda request: request.answer(Answer(0, 2, 200, "", pairs), b"ok")
+    async with rig.inference.get("/predictions/m") as response:
+        assert response.headers.getall("Cache-Control") == ["max-age=60"]
+
+
+@pytest.mark.asyncio
+@pytest.mark.parametrize(
+    ("version", "asked", "told"),
+    [(b"1.1", b"close", b"close"), (b"1.0", b"keep-alive", b"keep-alive"), (b"1.0", b"close", None)],
+)
+async def test_what_becomes_of_the_connection_is_told_once(
+    rig: Rig, version: bytes, asked: bytes, told: bytes | None
+) -> None:
+    async with rig.client() as client:
+        client.send(b"GET /ping HTTP/%s\r\nHost: x\r\nConnection: %s\r\n\r\n" % (version, asked))
+        _, head, _ = await client.answer()
+    lines = [line.partition(b": ")[2] for line in head.split(b"\r\n") if line.lower().startswith(b"connection:")]
+    assert lines == ([] if told is None else [told])

@@ -3,7 +3,7 @@ import json
 import pytest
 
 from minserve.errors import ConfigError, WorkerFailed
-from tests.unit.frontend.rig import Client, Rig
+from tests.unit.frontend.rig import Client, FakeSupervisor, Rig, with_options
 
 pytestmark = pytest.mark.asyncio
 
@@ -34,6 +34,31 @@ async def test_a_model_with_a_wrong_configuration_is_named_without_its_details(r
     status, answer = await ping(rig.inference)
     assert status == 500
     assert answer == {"status": "Unhealthy", "models": {"bad": "its configuration is wrong, see the log"}}
+
+
+@with_options(lenient=True)
+async def test_an_archive_that_cannot_be_read_makes_no_server_of_torchserves_unhealthy(rig: Rig) -> None:
+    rig.registry.broken = {"junk": ConfigError("junk.mar: is neither a zip archive nor a tar archive in gzip")}
+    assert await ping(rig.inference) == (200, {"status": "Healthy"})
+    assert (await get(rig.inference, "/readyz"))[0] == 503, "but it is not ready either"
+
+
+async def test_a_server_without_models_is_healthy_and_ready(rig: Rig) -> None:
+    await rig.registry.unregister("m")
+    assert await ping(rig.inference) == (200, {"status": "Healthy"})
+    assert await get(rig.inference, "/readyz") == (200, {"status": "ready"})
+
+
+async def test_only_the_default_version_counts(rig: Rig) -> None:
+    """Or a new version that is being loaded would take requests away from the old one."""
+    rig.add("m", version="2.0")
+    for version, healthy in (("2.0", True), ("1.0", False)):
+        supervisor: object = rig.registry.find("m", version).supervisor
+        assert isinstance(supervisor, FakeSupervisor)
+        supervisor.unhealthy = WorkerFailed("m:2.0/0: no weights")
+        supervisor.not_ready = "it has given up"
+        assert (await ping(rig.inference))[0] == (200 if healthy else 500)
+        assert (await get(rig.inference, "/readyz"))[0] == (200 if healthy else 503)
 
 
 # ── /livez, /readyz ──
@@ -92,4 +117,4 @@ async def test_a_server_that_stops_is_live_and_not_ready(rig: Rig) -> None:
 @pytest.mark.parametrize("path", ["/livez", "/readyz"])
 async def test_health_is_only_read(rig: Rig, path: str) -> None:
     async with rig.inference.post(path) as response:
-        assert (response.status, response.headers["Allow"]) == (405, "GET, HEAD")
+        assert (response.status, response.headers["Allow"]) == (405, "GET, HEAD, OPTIONS")

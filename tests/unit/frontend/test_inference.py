@@ -1,4 +1,5 @@
 import asyncio
+import dataclasses
 import json
 import uuid
 from collections.abc import Callable
@@ -7,9 +8,10 @@ import pytest
 
 from minserve.dispatch.request import Request
 from minserve.errors import WorkerFailed
+from minserve.registry.models import ValidModel
 from minserve.wire.messages import Answer
-from tests.unit.frontend.rig import Rig
-from tests.unit.worker.specs import until
+from tests.unit.frontend.rig import Lane, Rig, with_options
+from tests.unit.worker.specs import make_spec, until
 
 pytestmark = pytest.mark.asyncio
 
@@ -195,7 +197,12 @@ async def test_a_full_queue_is_a_503_at_the_door(rig: Rig) -> None:
     await until(lambda: dispatcher.queued == 1)
     async with rig.inference.post("/predictions/slow", data=b"") as response:
         assert (response.status, response.headers["Retry-After"]) == (503, "1")
-        assert json.loads(await response.text())["type"] == "ServiceUnavailableException"
+        answer = json.loads(await response.text())
+    assert answer["type"] == "ServiceUnavailableException"
+    assert answer["message"].startswith(
+        'Model "slow" has no worker to serve inference request. Please use scale workers'
+    )
+    assert answer["message"].endswith(": 1 requests wait already, jobQueueSize allows no more")
     dispatcher.attach(rig.lane)
     async with await waiting as response:
         assert response.status == 200
@@ -237,3 +244,60 @@ async def test_a_client_that_leaves_in_flight_gets_no_answer_and_disturbs_nobody
     await until(lambda: dispatcher._live == set())
     held[0].answer(Answer(0, 2), b"ok")
     assert caplog.records == []
+
+
+# ── what TorchServe's clients rely on ──
+
+
+async def test_without_a_phrase_of_the_handlers_there_is_none(rig: Rig) -> None:
+    rig.lane.handle = answering(404)
+    _, head, _ = await rig.raw(b"POST /predictions/m HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n")
+    assert head.startswith(b"HTTP/1.1 404 \r\n")
+
+
+@pytest.mark.parametrize(
+    ("path", "url_path"),
+    [("/explanations/m", ""), ("/explanations/m/1.0", ""), ("/explanations/m/1.0/why/not", "why/not")],
+)
+async def test_an_explanation_is_asked_for_as_a_prediction_is(rig: Rig, path: str, url_path: str) -> None:
+    async with rig.inference.post(path, data=b"abc") as response:
+        assert (response.status, await response.read()) == (200, b"abc")
+    meta = rig.lane.requests[-1].meta
+    assert (meta.operation, meta.url_path) == ("explain", url_path)
+
+
+async def test_a_request_says_whether_it_names_a_version(rig: Rig) -> None:
+    for path, named in (("/predictions/m", False), ("/predictions/m/1.0", True)):
+        async with rig.inference.post(path, data=b"") as response:
+            assert response.status == 200
+        assert rig.lane.requests[-1].named is named
+
+
+@with_options(max_response_size=4)
+async def test_too_large_an_answer_is_a_500_and_the_next_one_is_good(rig: Rig) -> None:
+    for body, status in ((b"12345", 500), (b"1234", 200)):
+        rig.lane.handle = answering(body=body)
+        async with rig.inference.post("/predictions/m", data=b"") as response:
+            assert response.status == status
+            text = await response.text()
+        if status == 500:
+            message = 'Model "m": the answer has 5 bytes, max_response_size allows 4'
+            assert json.loads(text) == {"code": 500, "type": "InternalServerException", "message": message}
+
+
+@pytest.mark.parametrize(("path", "status"), [("m", 200), ("m/1.0", 404)])
+async def test_a_request_whose_version_goes_while_its_body_comes_is_the_next_ones(
+    rig: Rig, path: str, status: int
+) -> None:
+    async with rig.client() as client:
+        client.send(f"POST /predictions/{path} HTTP/1.1\r\nHost: h\r\nContent-Length: 2\r\n\r\na".encode())
+        await until(lambda: rig.in_flight.used)
+        rig.registry.add(ValidModel(dataclasses.replace(make_spec(name="m"), version="2.0"), 1, ()))
+        lane = Lane()
+        rig.registry.find("m", "2.0").dispatcher.attach(lane)
+        rig.registry.set_default("m", "2.0")
+        await rig.registry.unregister("m", "1.0")
+        client.send(b"b")
+        answered, _, body = await client.answer()
+    assert answered == status
+    assert (body == b"ab") == (len(lane.requests) == 1) == (status == 200)

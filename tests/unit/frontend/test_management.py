@@ -3,7 +3,8 @@ import os
 
 import pytest
 
-from minserve.errors import ConfigError, WorkerFailed
+from minserve.errors import ConfigError, HandlerError, NoWorkers, WorkerFailed
+from minserve.wire.messages import Answer
 from minserve.worker.states import State
 from minserve.worker.worker import RankReport, WorkerReport
 from tests.unit.frontend.rig import Rig
@@ -60,9 +61,10 @@ async def workers_of(rig: Rig) -> list[dict[str, object]]:
     [
         ("", "a b c m", None),
         ("?limit=2", "a b", "2"),
-        ("?limit=2&next_page_token=2", "c m", None),
+        ("?limit=2&next_page_token=2", "c m", "4"),  # as TorchServe, which looks no further
+        ("?limit=2&next_page_token=4", "", None),
         ("?limit=3&next_page_token=3", "m", None),
-        ("?limit=4", "a b c m", None),
+        ("?limit=4", "a b c m", "4"),
         ("?next_page_token=9", "", None),
         ("?limit=1000", "a b c m", None),
         ("?limit=-1&next_page_token=-5", "a b c m", None),
@@ -118,8 +120,8 @@ async def test_a_model_is_described_as_torchserve_does_with_our_fields_added(rig
         "stateful": False,
         "sequenceMaxIdleMSec": 0,
         "sequenceTimeoutMSec": 0,
-        "maxNumSequence": 1,
-        "maxSequenceJobQueueSize": 1,
+        "maxNumSequence": 0,
+        "maxSequenceJobQueueSize": 0,
         "loadedAtStartup": True,
         "jobQueueStatus": {"remainingCapacity": 100, "pendingRequests": 0},
         "ready": True,
@@ -206,3 +208,70 @@ async def test_a_model_with_a_wrong_configuration_shows_what_is_wrong(rig: Rig) 
             "lastError": "model-config.yaml:3: batchSize: found true",
             "workers": [],
         }
+
+
+async def test_what_cannot_be_read_is_listed_among_the_others(rig: Rig) -> None:
+    rig.add("z", url="z.mar")
+    rig.registry.broken = {"n": ConfigError("junk"), "m": ConfigError("the first version is good")}
+    answer = await get(rig, "/models")
+    assert answer == {
+        "models": [
+            {"modelName": "m", "modelUrl": "/models/m"},
+            {"modelName": "n", "modelUrl": ""},
+            {"modelName": "z", "modelUrl": "z.mar"},
+        ]
+    }
+
+
+async def test_a_models_registration_is_shown(rig: Rig) -> None:
+    config = model_config(sequence_batching=True, max_num_sequence=3)
+    rig.add("r", config=config, url="r.tar.gz", runtime="python3")
+    description = await describe(rig, "/models/r")
+    keys = ("modelUrl", "runtime", "stateful", "maxNumSequence", "maxSequenceJobQueueSize")
+    assert [description[key] for key in keys] == ["r.tar.gz", "python3", True, 3, 1]
+
+
+# ── customized ──
+
+
+@pytest.mark.parametrize(
+    ("body", "metadata"),
+    [(b'{"input": [1, null]}', {"input": [1, None]}), (b"[1]", {}), (b"no JSON", {}), (b"", {}), (b"\xff", {})],
+)
+async def test_a_model_is_asked_what_it_says_of_itself(rig: Rig, body: bytes, metadata: object) -> None:
+    rig.lane.handle = lambda request: request.answer(Answer(0, len(body)), memoryview(body))
+    headers = {"Authorization": "Bearer key", "X-Own": "1"}
+    async with rig.management.get("/models/m/1.0?customized=TRUE", headers=headers) as response:
+        assert (response.status, response.reason) == (200, "")
+        (description,) = json.loads(await response.text())
+    assert description["customizedMetadata"] == metadata
+    keys = list(description)
+    assert keys.index("customizedMetadata") == keys.index("jobQueueStatus") + 1 == keys.index("ready") - 1
+    meta = rig.lane.requests[-1].meta
+    assert (meta.operation, meta.parts, meta.id) == ("describe", (), response.headers["x-request-id"])
+    assert (b"X-Own", b"1") in meta.headers
+    assert b"key" not in b"".join(value for _, value in meta.headers), "it opens the management port"
+
+
+@pytest.mark.parametrize("path", ["/models/m", "/models/m/all?customized=true", "/models/m?customized=1"])
+async def test_nobody_asks_a_model_otherwise(rig: Rig, path: str) -> None:
+    assert "customizedMetadata" not in await describe(rig, path)
+    assert rig.lane.requests == []
+
+
+async def test_a_model_without_workers_cannot_be_asked(rig: Rig) -> None:
+    rig.registry.find("m").dispatcher.refuse(NoWorkers("m"))
+    async with rig.management.get("/models/m?customized=true") as response:
+        assert response.status == 503
+        assert json.loads(await response.text()) == {
+            "code": 503,
+            "type": "ServiceUnavailableException",
+            "message": 'Model "m" has no worker to serve describe request. '
+            "Please use scale workers API to add workers.",
+        }
+
+
+async def test_a_handler_that_fails_to_describe_itself_says_why(rig: Rig) -> None:
+    rig.lane.handle = lambda request: request.fail(HandlerError("KeyError: 'a'"))
+    async with rig.management.get("/models/m?customized=true") as response:
+        assert (response.status, json.loads(await response.text())["message"]) == (503, "KeyError: 'a'")

@@ -11,9 +11,9 @@ pytestmark = pytest.mark.asyncio
 @pytest.mark.parametrize(
     ("side", "method", "path", "status", "type_name"),
     [
-        ("inference", "GET", "/", 404, "ResourceNotFoundException"),
+        ("inference", "GET", "/", 405, "MethodNotAllowedException"),
         ("inference", "GET", "/models", 404, "ResourceNotFoundException"),
-        ("inference", "OPTIONS", "/predictions/m", 405, "MethodNotAllowedException"),
+        ("inference", "TRACE", "/predictions/m", 405, "MethodNotAllowedException"),
         ("inference", "HEAD", "/predictions/m", 405, ""),
         ("management", "POST", "/predictions/m", 404, "ResourceNotFoundException"),
         ("management", "DELETE", "/models/m", 405, "MethodNotAllowedException"),
@@ -44,14 +44,16 @@ async def test_management_answers_head_as_get_without_a_body(rig: Rig) -> None:
 @pytest.mark.parametrize(
     ("side", "method", "path", "allowed"),
     [
-        ("inference", "OPTIONS", "/predictions/m", "DELETE, GET, PATCH, POST, PUT"),
-        ("inference", "TRACE", "/predictions/m/1.0", "DELETE, GET, PATCH, POST, PUT"),
-        ("inference", "HEAD", "/predictions/m/1.0/a/path", "DELETE, GET, PATCH, POST, PUT"),
-        ("inference", "POST", "/readyz", "GET, HEAD"),
-        ("management", "POST", "/models", "GET, HEAD"),
-        ("management", "DELETE", "/models/m/", "GET, HEAD"),
-        ("management", "PUT", "/models/m/1.0", "GET, HEAD"),
-        ("management", "GET", "/models/m/reload", "POST"),
+        ("inference", "TRACE", "/predictions/m", "DELETE, GET, OPTIONS, PATCH, POST, PUT"),
+        ("inference", "TRACE", "/predictions/m/1.0", "DELETE, GET, OPTIONS, PATCH, POST, PUT"),
+        ("inference", "HEAD", "/predictions/m/1.0/a/path", "DELETE, GET, OPTIONS, PATCH, POST, PUT"),
+        ("inference", "POST", "/readyz", "GET, HEAD, OPTIONS"),
+        ("management", "POST", "/models", "GET, HEAD, OPTIONS"),
+        ("management", "DELETE", "/models/m/", "GET, HEAD, OPTIONS, PUT"),
+        ("management", "POST", "/models/m/1.0", "GET, HEAD, OPTIONS, PUT"),
+        ("management", "GET", "/models/m/1.0/set-default", "OPTIONS, PUT"),
+        ("management", "POST", "/v1/models/m", "GET, HEAD, OPTIONS"),
+        ("management", "GET", "/models/m/reload", "OPTIONS, POST"),
     ],
 )
 async def test_a_405_says_which_methods_there_are(rig: Rig, side: str, method: str, path: str, allowed: str) -> None:

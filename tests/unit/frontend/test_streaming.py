@@ -148,6 +148,104 @@ async def test_an_unforeseen_error_puts_no_second_answer_into_the_stream(
     assert "a bug of ours" in caplog.text
 
 
+# ── server-sent events ──
+
+
+POST_SSE = POST.replace(b"\r\n\r\n", b"\r\nAccept: text/event-stream\r\n\r\n")
+
+
+def with_type(kind: str) -> Answer:
+    return Answer(0, 0, 200, "", (("Content-Type", kind),) if kind else ())
+
+
+async def answer_to(
+    rig: Rig, held: list[Request], accept: str | None, kind: str, chunks: list[bytes]
+) -> tuple[str, bytes]:
+    headers = {} if accept is None else {"Accept": accept}
+    post = asyncio.create_task(rig.inference.post("/predictions/m", data=b"", headers=headers))
+    await until(lambda: held)
+    for chunk in chunks:
+        send(held[0], chunk, with_type(kind))
+    end(held[0], b"last")
+    async with asyncio.timeout(10), await post as response:
+        return response.headers.get("Content-Type", ""), await response.read()
+
+
+@pytest.mark.parametrize(
+    "accept", ["text/event-stream", "application/json, Text/Event-Stream;q=0.5", "text/event-stream;q=0.01"]
+)
+@pytest.mark.parametrize("kind", ["", "application/json", "text/plain; charset=utf-8", "application/x-ndjson"])
+async def test_each_chunk_of_text_is_an_event_to_a_client_that_asks_for_them(
+    rig: Rig, held: list[Request], accept: str, kind: str
+) -> None:
+    got = await answer_to(rig, held, accept, kind, [b"one", b"", b"two\n", b"a\r\nb\rc", "é".encode()])
+    assert got == (
+        "text/event-stream",
+        "data: one\n\ndata: two\ndata: \n\ndata: a\ndata: b\ndata: c\n\ndata: é\n\ndata: last\n\n".encode(),
+    )
+
+
+@pytest.mark.parametrize(
+    ("accept", "kind"),
+    [
+        (None, "text/plain"),
+        ("*/*", ""),
+        ("text/event-stream;q=0, */*", "text/plain"),
+        ("text/event-stream-like", "text/plain"),
+        ("text/event-stream", "image/png"),
+        ("text/event-stream", "application/octet-stream"),
+        ("text/event-stream", "text/event-stream; charset=utf-8"),
+    ],
+)
+async def test_other_chunks_stay_as_they_are(rig: Rig, held: list[Request], accept: str | None, kind: str) -> None:
+    """Nobody has asked for events, or they are none that could be made of the bytes, or the handler makes them itself."""
+    assert await answer_to(rig, held, accept, kind, [b"data: 1\n\n"]) == (kind, b"data: 1\n\nlast")
+
+
+async def test_an_answer_in_one_piece_is_no_stream_of_events(rig: Rig) -> None:
+    async with rig.inference.post("/predictions/m", data=b"1", headers={"Accept": "text/event-stream"}) as response:
+        assert (await response.read(), response.headers.get("Content-Type")) == (b"1", None)
+
+
+@pytest.mark.parametrize("made_by_handler", [False, True])
+async def test_a_stream_of_events_that_breaks_off_says_so_and_has_no_end(
+    rig: Rig, held: list[Request], made_by_handler: bool
+) -> None:
+    async with rig.client() as client:
+        client.send(POST if made_by_handler else POST_SSE)
+        await until(lambda: held)
+        kind = "text/event-stream" if made_by_handler else "application/json"
+        send(held[0], b"data: 1\n\n" if made_by_handler else b"1", with_type(kind))
+        assert await client.reader.readuntil(b"\r\ndata: 1\n\n\r\n")
+        held[0].fail(WorkerFailed("m/0: rank 1 died"))
+        size, _, event = (await client.rest()).partition(b"\r\n")
+    assert event.removeprefix(b"\n\n") == (
+        b'event: error\ndata: {"code": 503, "type": "InternalServerException", "message": "m/0: rank 1 died"}\n\n\r\n'
+    )
+    assert int(size, 16) == len(event) - 2
+
+
+async def test_an_http_1_0_client_gets_the_error_as_an_event_too(rig: Rig, held: list[Request]) -> None:
+    async with rig.client() as client:
+        client.send(POST_SSE.replace(b"HTTP/1.1", b"HTTP/1.0"))
+        await until(lambda: held)
+        send(held[0], b"1")
+        assert await client.reader.readuntil(b"data: 1\n\n")
+        held[0].fail(WorkerFailed("m/0: rank 1 died"))
+        assert (await client.rest()).startswith(b"event: error\ndata: {")
+
+
+async def test_a_client_of_events_that_left_before_the_error_is_no_trouble(rig: Rig, held: list[Request]) -> None:
+    async with rig.client() as client:
+        client.send(POST_SSE)
+        await until(lambda: held)
+        send(held[0], b"1")
+        assert await client.reader.readuntil(b"data: 1\n\n")
+        client.reset()
+        held[0].fail(WorkerFailed("m/0: rank 1 died"))
+        await until(lambda: not rig.connections.connections)
+
+
 # ── a client that leaves, or does not read ──
 
 

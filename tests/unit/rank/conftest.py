@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from minserve.rank import progress, streaming
+from minserve.rank import coroutines, metrics, progress, streaming
 
 
 @pytest.fixture
@@ -24,5 +24,7 @@ def model_dir(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]
             del sys.modules[name]
             if name in before:
                 sys.modules[name] = before[name]
+    coroutines.close()
+    metrics.take()
     progress.listen(None)
     streaming.set_current(None)

@@ -7,7 +7,7 @@ import threading
 from collections import deque
 from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Generic, TypeVar
+from typing import Any, Generic, TypeVar
 
 from minserve.rank.connection import Connection, Disconnected
 from minserve.rank.context import Context
@@ -53,6 +53,9 @@ class FakeConnection(Connection):
 
     def send(self, kind: Kind, message: Message, seq: int = 0) -> None:
         self._take([pack(kind, message, seq)])
+
+    def hold(self, kind: Kind, message: Message, seq: int = 0) -> None:
+        self.send(kind, message, seq)
 
     def send_with_body(self, kind: Kind, message: Message, bodies: list[Buffer], seq: int) -> None:
         self._take(pack_with_body(kind, message, bodies, seq))
@@ -188,8 +191,16 @@ def resume(seq: int) -> Frame:
     return Frame(Kind.CONTINUE, 0, seq, bytearray(), bytearray())
 
 
-def load(model_dir: str, yaml: bytes = b"", gpu: bool = False, reply_done: bool = False) -> Frame:
-    return frame(Kind.LOAD, Load("m", "1.0", model_dir, "handler.py", 4, gpu, reply_done), body=yaml)
+def load(
+    model_dir: str,
+    yaml: bytes = b"",
+    gpu: bool = False,
+    reply_done: bool = False,
+    handler: str = "handler.py",
+    **others: Any,
+) -> Frame:
+    """`others` are fields of LOAD that have a default."""
+    return frame(Kind.LOAD, Load("m", "1.0", model_dir, handler, 4, gpu, reply_done, **others), body=yaml)
 
 
 SHUTDOWN = frame(Kind.SHUTDOWN, Shutdown("over"))
@@ -197,6 +208,6 @@ SHUTDOWN = frame(Kind.SHUTDOWN, Shutdown("over"))
 
 def new_context(*metas: RequestMeta, model_dir: str = "/m") -> Context:
     """A context in the middle of a batch."""
-    context = Context("m", model_dir, {}, {}, 4, None, "0")
+    context = Context("m", model_dir, {}, 4, None, "0")
     context.begin_batch(metas)
     return context

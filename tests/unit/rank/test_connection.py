@@ -54,6 +54,17 @@ def sent(fake: FakeSocket) -> list[Frame]:
     return feed(FrameReader(2**30, FROM_RANK), bytes(fake.sent))
 
 
+def test_a_held_frame_goes_just_in_front_of_the_next_one_in_the_same_call() -> None:
+    fake = FakeSocket()
+    connection = over(fake)
+    connection.hold(Kind.METRICS, Progress("held"), 3)
+    assert fake.calls == []
+    connection.send_with_body(Kind.REPLY, Answers((Answer(0, 2),)), [b"ok"], 3)
+    connection.send(Kind.DONE, Answers(()), 4)
+    assert [(frame.kind, frame.seq) for frame in sent(fake)] == [(Kind.METRICS, 3), (Kind.REPLY, 3), (Kind.DONE, 4)]
+    assert len(fake.calls) == 2
+
+
 def receive_all(connection: Connection) -> list[tuple[Kind, int, bytes]]:
     result: list[tuple[Kind, int, bytes]] = []
     while True:

@@ -1,5 +1,8 @@
 from __future__ import annotations
 
+import copy
+import threading
+
 import pytest
 
 from minserve.rank.context import Context, RequestProcessor
@@ -14,7 +17,7 @@ META = RequestMeta(
 
 
 def context(*metas: RequestMeta) -> Context:
-    result = Context("m", "/m", {"model": {}}, {"handler": {"x": 1}}, 4, 1, "0.1", False)
+    result = Context("m", "/m", {"model": {}}, 4, 1, "0.1", False, model_yaml_config={"handler": {"x": 1}})
     if metas:
         result.begin_batch(metas)
     return result
@@ -47,6 +50,7 @@ def test_headers_are_the_clients_plus_torchserves_own() -> None:
         "x-note": "ä",
         "X-Raw": "\udcff",
         "body": {"content-type": "text/plain"},
+        "plain": {"content-type": ""},
         "url_path": "v1/rest",
         "explain": "False",
     }
@@ -58,6 +62,54 @@ def test_headers_are_the_clients_plus_torchserves_own() -> None:
 )
 def test_a_header_is_found_in_any_case(key: str, value: object) -> None:
     assert context(META).get_request_header(0, key) == value
+
+
+@pytest.mark.parametrize(
+    ("operation", "own"),
+    [
+        ("", {"url_path": "", "explain": "False"}),
+        ("explain", {"url_path": "", "explain": "True"}),
+        ("describe", {"describe": "True"}),
+    ],
+)
+def test_what_is_asked_for_is_a_header(operation: str, own: dict[str, object]) -> None:
+    assert context(RequestMeta("", (), (), operation=operation)).get_all_request_header(0) == own
+
+
+def test_a_sequence_is_known_by_its_header(monkeypatch: pytest.MonkeyPatch) -> None:
+    meta = RequestMeta("", ((b"ts_request_sequence_id", b"s1"), (b"x-seq", b"s2")), ())
+    assert context(meta).get_sequence_id(0) == "s1"
+    monkeypatch.setenv("TS_REQUEST_SEQUENCE_ID", "x-seq")
+    assert context(meta).get_sequence_id(0) == "s2"
+    fresh = context()
+    names = fresh.header_key_sequence_id, fresh.header_key_sequence_start, fresh.header_key_sequence_end
+    assert names == ("x-seq", "ts_request_sequence_start", "ts_request_sequence_end")
+
+
+def test_the_socket_that_there_is_not_explains_itself() -> None:
+    assert not hasattr(context(META), "cl_socket")
+    with pytest.raises(AttributeError, match="send chunks with ts"):
+        _ = context(META).cl_socket
+
+
+def test_metrics_belong_to_the_requests_of_the_batch() -> None:
+    one = context(META)
+    assert one.metrics.model_name == "m"
+    assert one.metrics.request_ids == {0: "abc"}
+
+
+def test_a_copy_is_apart_in_all_that_belongs_to_a_batch_and_in_what_the_handler_keeps() -> None:
+    original = context(META)
+    vars(original).update(cache={"mine": [1]}, lock=threading.Lock())
+    other = copy.deepcopy(original)
+    other.begin_batch([RequestMeta("new", (), ())])
+    other.set_response_status(404)
+    vars(other)["cache"]["mine"].append(2)
+    assert (original.request_ids, original.get_response_status(0)) == ({0: "abc"}, (200, ""))
+    assert original.metrics.request_ids == {0: "abc"}
+    assert vars(original)["cache"] == {"mine": [1]}
+    assert vars(other)["lock"] is vars(original)["lock"]  # cannot be copied
+    assert other.manifest is original.manifest
 
 
 def test_the_exact_name_of_a_header_wins() -> None:
@@ -101,6 +153,10 @@ def test_nothing_of_one_batch_shows_in_the_next_but_what_the_handler_keeps() -> 
     assert kept.get_response_headers(0) == {}
     assert kept.get_all_request_header(0) == {"url_path": "", "explain": "False"}
     assert getattr(kept, "cache") == {"mine": 1}  # noqa: B009
+
+
+def test_an_authors_test_makes_a_processor_of_headers() -> None:
+    assert RequestProcessor({"explain": "True"}).get_request_property("explain") == "True"
 
 
 def test_the_processor_has_torchserves_members() -> None:

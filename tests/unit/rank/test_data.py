@@ -52,6 +52,15 @@ def test_a_body_is_decoded_by_its_content_type(content_type: str, body: bytes, v
     assert type(decoded) is type(value)
 
 
+def test_bodies_stay_bytes_where_nothing_is_to_be_parsed() -> None:
+    one = requests(b"[1]", content_type="application/json")
+    two = requests(b"[1]", b"x", content_type="text/plain")
+    assert decode_batch(Batch(one), bytearray(b"[1]"), parse=False) == [{"body": bytearray(b"[1]")}]
+    rows = decode_batch(Batch(two), bytearray(b"[1]x"), parse=False)
+    assert rows == [{"body": bytearray(b"[1]")}, {"body": bytearray(b"x")}]
+    assert all(type(row["body"]) is bytearray for row in rows)
+
+
 def test_what_does_not_parse_is_said_in_the_log(caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.WARNING):
         decode("application/json", b"[1,")

@@ -92,6 +92,7 @@ def test_a_stage_error_tells_of_the_stage_that_raised_first() -> None:
         (RuntimeError("[gloo/transport/tcp/pair.cc:534] Connection closed by peer"), "/m.py", "collective"),
         (RuntimeError("NCCL communicator was aborted"), "/m.py", "collective"),
         (RuntimeError("Application timeout caused pair closure"), DISTRIBUTED, "collective"),
+        (ValueError("raised on another rank"), "/venv/torch/distributed/rpc/internal.py", "own"),
         (RuntimeError("mat1 and mat2 shapes cannot be multiplied"), "/m.py", "own"),
         (ValueError("gloo is a fish"), "/m.py", "own"),
         (NotImplementedError("NCCL"), "/m.py", "own"),

@@ -1,12 +1,14 @@
 from __future__ import annotations
 
+import contextlib
 import sys
 import textwrap
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-from minserve.rank import progress
+from minserve.rank import coroutines, progress
 from minserve.rank.loading import Handler, HandlerError, load_handler
 from tests.unit.rank.rig import new_context
 
@@ -102,9 +104,6 @@ def test_a_function_handle_wins_over_classes(model_dir: Path) -> None:
         (TWO_CLASSES, "handler.py:Useless", "class Useless in handler.py has no method"),
         (TWO_CLASSES, "handler.py:C", r"handler\.py has no function or class C"),
         ("C = 3", "handler.py:C", "has no function or class C"),
-        ("async def handle(data, context): return []", "handler.py", "async handlers are not supported"),
-        ("async def handle(data, context): yield []", "handler.py", "async handlers are not supported"),
-        ("class A:\n    async def handle(self, data, context): ...", "handler.py", "async handlers are not supported"),
         ("{}", "handler.json", "handler.json is not a Python file"),
     ],
 )
@@ -116,6 +115,127 @@ def test_what_breaks_the_contract_is_told(model_dir: Path, source: str, referenc
 def test_a_missing_file_is_named(model_dir: Path) -> None:
     with pytest.raises(HandlerError, match=f"there is no handler file {model_dir}/absent.py"):
         load_handler(model_dir, "absent.py", new_context())
+
+
+def archived(model_dir: Path, reference: str, envelope: str = "") -> Handler:
+    return load_handler(model_dir, reference, new_context(model_dir=str(model_dir)), envelope, archive=True)
+
+
+@pytest.mark.parametrize(
+    "reference",
+    ["models.py", "models", "models:handle", "models.py:handle", "src/deep/models.py:handle", "src/models", "models:A"],
+)
+def test_a_manifest_names_its_handler_in_many_ways(model_dir: Path, reference: str) -> None:
+    """Also a function that is not there, before exactly one class."""
+    (model_dir / "models.py").write_text("class Model:\n    def handle(self, data, context): return 'ok'")
+    assert call(archived(model_dir, reference)) == "ok"
+
+
+def test_a_path_in_a_manifest_is_looked_for_as_it_is_first(model_dir: Path) -> None:
+    (model_dir / "src").mkdir()
+    for name in ("models.py", "src/models.py"):
+        (model_dir / name).write_text(f"def handle(data, context): return {name!r}")
+    assert call(archived(model_dir, "src/models.py")) == "src/models.py"
+    assert call(archived(model_dir, "models:handle")) == "models.py"
+
+
+@pytest.fixture
+def shipped(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """A `ts` package with a handler and two envelopes, in place of the real one."""
+    root = tmp_path_factory.mktemp("compat")
+    before = {name: module for name, module in sys.modules.items() if name.partition(".")[0] == "ts"}
+    for name in before:
+        monkeypatch.delitem(sys.modules, name)
+    for package in ("ts", "ts/torch_handler", "ts/torch_handler/request_envelope"):
+        (root / package).mkdir()
+        (root / package / "__init__.py").touch()
+    sources = {
+        "shipped_one": "class One:\n    def handle(self, data, context): return 'shipped'",
+        "broken": "import no_such_module_anywhere",
+        "request_envelope/wrap": """
+            class Base: ...
+            class WrapEnvelope(Base):
+                def __init__(self, handle): self.inner = handle
+                def handle(self, data, context): return ['<', self.inner(data, context), '>']
+        """,
+        "request_envelope/none": "class Wrap: ...",
+    }
+    for name, source in sources.items():
+        (root / "ts/torch_handler" / f"{name}.py").write_text(textwrap.dedent(source))
+    monkeypatch.syspath_prepend(root)
+    yield root
+    for name in [name for name in sys.modules if name.partition(".")[0] == "ts"]:
+        del sys.modules[name]
+    sys.modules.update(before)
+
+
+@pytest.mark.usefixtures("shipped")
+def test_a_shipped_handler_is_found_by_name_unless_the_archive_has_a_file_of_it(model_dir: Path) -> None:
+    assert call(archived(model_dir, "shipped_one")) == "shipped"
+    assert call(load_handler(model_dir, "shipped_one", new_context())) == "shipped"
+    (model_dir / "shipped_one.py").write_text("def handle(data, context): return 'own'")
+    assert call(archived(model_dir, "shipped_one")) == "own"
+
+
+@pytest.mark.usefixtures("shipped")
+def test_a_handler_in_an_installed_package_is_found_by_name(model_dir: Path) -> None:
+    (model_dir / "own").mkdir()
+    (model_dir / "own/__init__.py").touch()
+    (model_dir / "own/deep.py").write_text("def handle(data, context): return 'deep'")
+    assert call(archived(model_dir, "own.deep:handle")) == "deep"
+
+
+@pytest.mark.usefixtures("shipped")
+@pytest.mark.parametrize("reference", ["absent", "absent.py", "no.such.module", "a b", "absent/../x", "handler.json"])
+def test_a_handler_that_is_nowhere_is_told(model_dir: Path, reference: str) -> None:
+    with pytest.raises(HandlerError, match=f"there is no handler {reference}: no file in"):
+        archived(model_dir, reference)
+
+
+@pytest.mark.usefixtures("shipped")
+@pytest.mark.parametrize("reference", ["faulty", "faulty.py:handle", "broken", "pack.mod"])
+def test_an_import_error_in_a_handler_is_told_as_itself(model_dir: Path, reference: str) -> None:
+    """TorchServe looks for a shipped handler of that name then, and tells that there is none."""
+    (model_dir / "faulty.py").write_text("import no_such_module_anywhere")
+    (model_dir / "pack").mkdir()
+    (model_dir / "pack/__init__.py").write_text("import no_such_module_anywhere")
+    with pytest.raises(ModuleNotFoundError, match="No module named 'no_such_module_anywhere'"):
+        archived(model_dir, reference)
+
+
+@pytest.mark.usefixtures("shipped")
+def test_an_envelope_is_around_the_handler(model_dir: Path) -> None:
+    (model_dir / "models.py").write_text("def handle(data, context): return 'x'")
+    assert call(archived(model_dir, "models", "wrap")) == ["<", "x", ">"]
+    with pytest.raises(HandlerError, match="there is no request envelope 'absent'"):
+        archived(model_dir, "models", "absent")
+    with pytest.raises(HandlerError, match="must define exactly one class whose name ends in Envelope"):
+        archived(model_dir, "models", "none")
+
+
+ASYNC_CLASS = """
+    import asyncio
+    class Model:
+        async def initialize(self, context):
+            await asyncio.sleep(0)
+            self.loop = asyncio.get_running_loop()
+        async def handle(self, data, context):
+            return [self.loop is asyncio.get_running_loop()]
+"""
+
+
+def test_an_async_initialize_is_waited_for_on_the_loop_that_serves(model_dir: Path) -> None:
+    handler = load(model_dir, ASYNC_CLASS)
+    assert coroutines.complete(call(handler)) == [True]
+
+
+@pytest.mark.parametrize(
+    ("body", "error"),
+    [("return data[0]", None), ("raise LookupError('no weights')", LookupError), ("yield data", None)],
+)
+def test_an_async_function_loads_as_a_plain_one(model_dir: Path, body: str, error: type[Exception] | None) -> None:
+    with pytest.raises(error) if error else contextlib.nullcontext():
+        load(model_dir, f"async def handle(data, context):\n    {body}")
 
 
 @pytest.mark.parametrize(

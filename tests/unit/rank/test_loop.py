@@ -16,7 +16,7 @@ from minserve.errors import WireError
 from minserve.rank import threads
 from minserve.rank.loop import Rank
 from minserve.wire.frames import Frame, Kind
-from minserve.wire.messages import Answers, Failure, Loaded, Progress, Shutdown, unpack
+from minserve.wire.messages import Answers, Batch, Failure, Loaded, Metrics, Progress, Shutdown, unpack
 from tests.unit.rank.rig import (
     DEADLINE_S,
     SHUTDOWN,
@@ -30,10 +30,11 @@ from tests.unit.rank.rig import (
     load,
     parts,
     probe,
+    requests,
     resume,
 )
 
-LOG = "minserve.rank.loop"
+LOG = "minserve.rank.outbox"
 COMPAT = Path(minserve.__file__).parent / "compat"
 ECHO = """
     def handle(data, context):
@@ -125,6 +126,20 @@ def test_the_context_has_what_load_says(serve: Serve, model_dir: Path) -> None:
     assert manifest["model"] == {"modelName": "m", "modelVersion": "1.0", "handler": "handler.py"}
     assert config == {"handler": {"layers": 3}}
     assert (properties["model_dir"], properties["batch_size"], properties["gpu_id"]) == (str(model_dir), 4, 0)
+
+
+def test_an_archive_brings_its_manifest_and_the_servers_settings(serve: Serve) -> None:
+    source = """
+        def handle(data, context):
+            if data is None: return None
+            limit = context.system_properties["limit_max_image_pixels"]
+            return [[context.manifest, limit, type(data[0]["body"]).__name__]]
+    """
+    options = {"manifest": '{"model": {"x": 1}}', "limit_max_image_pixels": False, "decode_input": False}
+    text = frame(Kind.BATCH, Batch(requests(b"abc", content_type="text/plain"), 8), 1, b"abc")
+    served = serve(source, text, handler="handler", **options)
+    ((_, body),) = served.connection.answers()[0]
+    assert json.loads(body) == [{"model": {"x": 1}}, False, "bytearray"]
 
 
 @pytest.mark.parametrize(("gpu", "rank", "expected"), [(True, 0, "0"), (True, 1, "1"), (False, 1, "None")])
@@ -236,6 +251,208 @@ def test_status_and_headers_reach_the_answer_and_not_the_next_one(serve: Serve) 
 def test_a_meta_that_is_no_batch_ends_the_rank(serve: Serve) -> None:
     with pytest.raises(WireError, match="bad Batch message"):
         serve(ECHO, Frame(Kind.BATCH, 0, 1, bytearray(b"\xc1"), bytearray()))
+
+
+# ── batches of rank 0 alone ──
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_rank_0_alone_runs_a_batch_where_the_handler_calls_the_others(serve: Serve, rank: int, model_dir: Path) -> None:
+    source = """
+        def handle(data, context):
+            if data:
+                open(f"ran.{bytes(data[0]['body']).decode()}", "x").close()
+            return [bytes(row["body"]) for row in data or []]
+    """
+    served = serve(source, batch(1, b"a"), batch(2, b"b"), SHUTDOWN, rank=rank, predict_on="rank0", reply_done=True)
+    end = ">REPLY" if rank == 0 else ">DONE"
+    assert served.log[2:] == ["<BATCH 1", f"{end} 1", "<BATCH 2", f"{end} 2", "<SHUTDOWN 0"]
+    assert served.slot.log == ["received 1", "finished 1", "received 2", "finished 2"]
+    assert len(list(model_dir.glob("ran.*"))) == (2 if rank == 0 else 0)
+
+
+def test_a_failure_of_rank_0_alone_needs_no_other_to_fail_alike(serve: Serve) -> None:
+    served = serve(FRAGILE, batch(1, b"raise"), predict_on="rank0")
+    assert served.connection.failure().needs == (0,)
+
+
+def test_every_rank_runs_its_probe_also_there(serve: Serve) -> None:
+    served = serve(PROBING.format(body="return False"), probe(1), rank=1, predict_on="rank0")
+    assert served.connection.failure().type_name == "ProbeFailed"
+
+
+# ── metrics ──
+
+RECORDING = """
+    class Model:
+        def initialize(self, context):
+            context.metrics.add_counter("loads", 1)
+        def handle(self, data, context):
+            for _ in range(len(data[0]["body"])):
+                context.metrics.add_counter("letters", 1, 0)
+            if data[0]["body"] == b"raise":
+                raise LookupError
+            return ["x"]
+"""
+
+
+def recorded(served: Served) -> list[tuple[int, list[tuple[str, str]]]]:
+    """(seq, name and request id of each metric) of each frame."""
+    return [
+        (sent.seq, [(metric.name, metric.request_id) for metric in unpack(Metrics, sent.meta).metrics])
+        for sent in served.connection.of(Kind.METRICS)
+    ]
+
+
+@pytest.mark.parametrize(("rank", "done"), [(0, ">REPLY"), (1, ">DONE"), (1, "")])
+def test_metrics_go_in_front_of_the_end_of_the_batch_and_of_the_load_on_every_rank(
+    serve: Serve, rank: int, done: str
+) -> None:
+    served = serve(RECORDING, batch(1, b"ab"), batch(2, b""), rank=rank, reply_done=done == ">DONE")
+    ends = [[f"{done} {seq}"] if done else [] for seq in (1, 2)]
+    load = ["<LOAD 0", ">METRICS 0", ">LOADED 0"]
+    assert served.log == [*load, "<BATCH 1", ">METRICS 1", *ends[0], "<BATCH 2", *ends[1]]
+    assert recorded(served) == [(0, [("loads", "")]), (1, [("letters", "r0")] * 2)]
+
+
+def test_a_batch_that_raises_has_metrics_too(serve: Serve) -> None:
+    assert serve(RECORDING, batch(1, b"raise")).log[3:] == ["<BATCH 1", ">METRICS 1", ">ERROR 1"]
+
+
+def test_a_load_that_fails_has_metrics_too(serve: Serve) -> None:
+    source = RECORDING.replace('"loads", 1)', '"loads", 1)\n            raise LookupError')
+    assert serve(source).log == ["<LOAD 0", ">METRICS 0", ">FAILED 0"]
+
+
+def test_more_metrics_than_a_frame_should_hold_go_in_several(serve: Serve, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("minserve.rank.outbox.METRICS_PER_FRAME", 2)
+    served = serve(RECORDING, batch(1, b"abcde"))
+    assert served.log[3:] == ["<BATCH 1", ">METRICS 1", ">METRICS 1", ">METRICS 1", ">REPLY 1"]
+    assert sum(len(names) for _, names in recorded(served)) == 6
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_rank_0_tells_how_long_a_batch_took_where_that_is_a_metric(serve: Serve, rank: int) -> None:
+    declared = [{"name": "PredictionTime", "type": "gauge", "unit": "ms", "dimensions": ["ModelName", "Level"]}]
+    served = serve(FRAGILE, batch(1, b"", b""), batch(2, b"raise"), rank=rank, metrics=json.dumps(declared))
+    assert recorded(served) == ([(1, [("PredictionTime", "r0,r1")])] if rank == 0 else [])
+    for sent in served.connection.of(Kind.METRICS):
+        (metric,) = unpack(Metrics, sent.meta).metrics
+        assert (metric.unit, metric.kind) == ("Milliseconds", "gauge")
+        assert metric.dimensions == (("ModelName", "m"), ("Level", "Model"))
+        assert 0 <= metric.value < 60_000
+
+
+def test_a_handler_may_put_metrics_of_its_own_in_place_of_ours(serve: Serve) -> None:
+    source = """
+        class Model:
+            def initialize(self, context):
+                context.metrics = None
+            def handle(self, data, context):
+                return ["x"]
+    """
+    declared = [{"name": "PredictionTime", "type": "gauge", "unit": "ms", "dimensions": ["ModelName", "Level"]}]
+    assert serve(source, batch(1, b""), metrics=json.dumps(declared)).log[-1] == ">REPLY 1"
+
+
+# ── async handlers ──
+
+
+def test_a_coroutine_is_run_to_its_end_and_its_loop_goes_on_with_the_next_batch(serve: Serve) -> None:
+    source = """
+        import asyncio
+        class Model:
+            def initialize(self, context):
+                self.later = None
+            async def handle(self, data, context):
+                before, self.later = self.later, asyncio.get_running_loop().create_future()
+                if before is not None:
+                    before.set_result(b"earlier")
+                    return [await before]
+                return [b"first"]
+    """
+    served = serve(source, batch(1, b""), batch(2, b""), SHUTDOWN)
+    assert served.connection.answers() == [[(0, b"first")], [(0, b"earlier")]]
+
+
+def test_an_exception_of_a_coroutine_is_an_error_like_any_other(serve: Serve, model_dir: Path) -> None:
+    source = """
+        async def handle(data, context):
+            if data: raise LookupError("gone")
+    """
+    served = serve(source, batch(1, b""), resume(1), batch(2, b""))
+    assert served.log[2:5] == ["<BATCH 1", ">ERROR 1", "<CONTINUE 1"]
+    failure = served.connection.of(Kind.ERROR)[0]
+    assert unpack(Failure, failure.meta).place == f"{model_dir}/handler.py:3"
+
+
+ASYNC_STREAMS = [
+    "async def handle(data, context):\n    yield ['a']\n    yield ['b']",
+    "async def handle(data, context):\n    if data: return chunks()\nasync def chunks():\n    yield ['a']\n    yield ['b']",
+]
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+@pytest.mark.parametrize("source", ASYNC_STREAMS)
+def test_an_async_generators_yields_are_chunks(serve: Serve, source: str, rank: int) -> None:
+    served = serve(source, batch(1, b""), batch(2, b""), rank=rank)
+    assert served.connection.answers(Kind.CHUNK) == ([[(0, b"a")], [(0, b"b")]] * 2 if rank == 0 else [])
+    assert served.connection.answers() == ([[(0, b"")]] * 2 if rank == 0 else [])
+    assert served.slot.log[:4] == ["received 1", "step 1 of 1", "step 2 of 1", "finished 1"]
+
+
+def test_the_loop_goes_on_while_an_async_generator_waits_for_its_grant(serve: Serve) -> None:
+    source = """
+        import asyncio
+        import minserve
+        async def handle(data, context):
+            asyncio.get_running_loop().call_later(0, minserve.report_progress, "meanwhile")
+            for _ in range(3):
+                yield ["a"]
+    """
+    served = serve(source, batch(1, b"", grant=1), grant(1, 3))
+    assert [entry for entry in served.connection.log if "CHUNK" in entry] == [">CHUNK 1"] * 3
+    stages = [unpack(Progress, sent.meta).stage for sent in served.connection.of(Kind.PROGRESS)]
+    assert stages[-1] == "meanwhile"
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_an_async_generator_is_cancelled_in_step_and_cleans_up(serve: Serve, rank: int) -> None:
+    source = """
+        import asyncio
+        import minserve
+        async def handle(data, context):
+            try:
+                while data[0]["body"] == b"":
+                    yield ["a"]
+                yield ["short"]
+            finally:
+                await asyncio.sleep(0)
+                minserve.report_progress("cleaned up")
+    """
+    frames = [batch(1, b"", grant=2), cancel(1, 2), batch(2, b"x"), resume(1), SHUTDOWN]
+    served = serve(source, *frames, rank=rank, reply_done=True)
+    chunk = [">CHUNK 1"] if rank == 0 else []
+    assert served.connection.log[4:] == [
+        "<BATCH 1",
+        *chunk * 2,
+        "<CANCEL 1",
+        ">PROGRESS 0",
+        ">ERROR 1",
+        "<BATCH 2",
+        "<CONTINUE 1",
+        *[">CHUNK 2"] * (rank == 0),
+        ">PROGRESS 0",
+        ">REPLY 2" if rank == 0 else ">DONE 2",
+        "<SHUTDOWN 0",
+    ]
+    assert served.connection.failure().kind == "cancelled"
+
+
+def test_an_async_close_is_waited_for(serve: Serve, model_dir: Path) -> None:
+    source = ECHO + "\n    async def close(): open('closed', 'x').close()"
+    serve(source, SHUTDOWN)
+    assert (model_dir / "closed").exists()
 
 
 # ── exceptions ──

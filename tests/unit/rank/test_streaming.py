@@ -1,9 +1,11 @@
 from __future__ import annotations
 
+import asyncio
 from http import HTTPStatus
 
 import pytest
 
+from minserve.rank import streaming
 from minserve.rank.connection import Disconnected
 from minserve.rank.data import Refused
 from minserve.rank.inbox import Inbox
@@ -288,3 +290,28 @@ def test_a_header_that_would_break_the_answer_is_refused(name: str, value: str, 
     assert encode(context, 0, "fine")[1] == b"fine"
     with pytest.raises(Refused, match=f"answer 1: .*{message}" if "bad" in message else message):
         encode(context, 1, "")
+
+
+def test_the_stream_of_a_context_is_its_own_or_else_the_ranks(monkeypatch: pytest.MonkeyPatch) -> None:
+    ranks, own = Streaming(), Streaming()
+    monkeypatch.setattr(streaming, "_current", ranks.stream)
+    assert streaming.stream_of(None) is ranks.stream
+    assert streaming.stream_of(own.context) is ranks.stream
+    own.context.stream = own.stream
+    assert streaming.stream_of(own.context) is own.stream
+
+
+def test_a_coroutine_sends_at_once_what_is_granted_and_else_from_a_thread() -> None:
+    """A grant that another one has read counts as well."""
+    it = Streaming(grant(7, 3), granted=1)
+    threads: list[bool] = []
+
+    async def send() -> None:
+        for _ in range(3):
+            before = len(it.connection.log)
+            await it.stream.send_from_coroutine(["a", "b"])
+            threads.append("<GRANT 7" in it.connection.log[before:])
+
+    asyncio.run(send())
+    assert threads == [False, True, False]
+    assert it.steps == [1, 2, 3]

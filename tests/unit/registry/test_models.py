@@ -1,106 +1,13 @@
-from collections.abc import Callable
-from pathlib import Path
-
 import pytest
 
 from minserve.config.server import ServerOptions
 from minserve.errors import ConfigError, ModelNotFound, ModelUnhealthy, ModelVersionNotFound
-from minserve.registry.models import Registry, ValidModel, read_devices, validate_model
-from minserve.registry.store import Location
+from minserve.registry.models import Registry, ValidModel, read_devices
 from minserve.worker.devices import Inventory
 from tests.unit.frontend.rig import FakeRuntime, FakeSupervisor
 from tests.unit.worker.specs import make_spec
 
-Validate = Callable[..., ValidModel]
 TWO = Inventory(("0", "1"))
-
-
-@pytest.fixture
-def validate(tmp_path: Path) -> Validate:
-    def validate(
-        text: str | None, inventory: Inventory | None = None, name: str | None = None, **options: object
-    ) -> ValidModel:
-        path = tmp_path / "m"
-        path.mkdir(exist_ok=True)
-        (path / "handler.py").touch()
-        if text is not None:
-            (path / "model-config.yaml").write_text(text)
-        server = ServerOptions.model_validate(options)
-        return validate_model(Location(path, name), server, inventory or Inventory())
-
-    return validate
-
-
-# ── a model directory ──
-
-
-def test_what_a_model_leaves_open_the_server_decides(validate: Validate, tmp_path: Path) -> None:
-    model = validate(None, default_response_timeout=7.0, default_startup_timeout=8.0, job_queue_size=9)
-    spec = model.spec
-    assert (spec.name, spec.version, spec.model_dir, spec.yaml) == ("m", "1.0", tmp_path / "m", b"")
-    assert (spec.response_timeout, spec.startup_timeout, spec.queue_limit, spec.world_size) == (7, 8, 9, 1)
-    assert (model.workers, model.warnings, spec.debug) == (1, (), False)
-
-
-def test_what_a_model_says_stands(validate: Validate) -> None:
-    text = "responseTimeout: 1\nstartupTimeout: 2\njobQueueSize: 3\nminWorkers: 4\nmine: {a: 1}\n"
-    model = validate(text, name="other", log_level="debug", default_workers_per_model=9)
-    spec = model.spec
-    assert (spec.name, spec.yaml) == ("other", text.encode())
-    assert (spec.response_timeout, spec.startup_timeout, spec.queue_limit, model.workers) == (1, 2, 3, 4)
-    assert spec.debug
-
-
-@pytest.mark.parametrize(
-    ("text", "inventory", "options", "workers"),
-    [
-        ("", TWO, {}, 2),  # one a GPU, as TorchServe's
-        ("", Inventory(), {}, 1),
-        ("deviceType: cpu", TWO, {}, 1),
-        ("deviceIds: [1]", TWO, {}, 1),
-        ("parallelType: tp\ntorchrun: {nproc-per-node: 2}", TWO, {}, 1),
-        ("parallelType: custom\nparallelLevel: 2", TWO, {}, 1),
-        ("", TWO, {"default_workers_per_model": 5}, 5),
-        ("maxWorkers: 3", TWO, {"default_workers_per_model": 5}, 1),
-        ("minWorkers: 3", TWO, {}, 3),
-    ],
-)
-def test_the_number_of_workers(
-    validate: Validate, text: str, inventory: Inventory, options: dict[str, object], workers: int
-) -> None:
-    assert validate(text, inventory, **options).workers == workers
-
-
-@pytest.mark.parametrize(
-    ("text", "inventory", "ranks"),
-    [
-        ("parallelType: tp\ntorchrun: {nproc-per-node: 4}", Inventory(), 4),
-        ("parallelType: tp\nparallelLevel: 3", Inventory(), 3),
-        ("parallelType: tp\ntorchrun: {nproc-per-node: gpu}", TWO, 2),
-        ("parallelType: custom\nparallelLevel: 2", TWO, 1),
-    ],
-)
-def test_the_number_of_ranks(validate: Validate, text: str, inventory: Inventory, ranks: int) -> None:
-    assert validate(text, inventory).spec.world_size == ranks
-
-
-@pytest.mark.parametrize(
-    ("text", "inventory", "message"),
-    [
-        ("batchSize: true\nresponseTimeout: x", Inventory(), "(?s)batchSize.*responseTimeout"),
-        ("parallelType: tp\nparallelLevel: 4", TWO, "at most 2 device"),
-        ("deviceIds: [5]", TWO, "deviceIds"),
-        ("parallelType: tp\ntorchrun: {nproc-per-node: gpu}", Inventory(), "nproc-per-node"),
-    ],
-)
-def test_a_broken_model_lists_its_errors(validate: Validate, text: str, inventory: Inventory, message: str) -> None:
-    with pytest.raises(ConfigError, match=message):
-        validate(text, inventory)
-
-
-def test_warnings_come_with_the_model(validate: Validate) -> None:
-    (warning,) = validate("batchsise: {}\nmine: 1").warnings
-    assert "mine" in str(warning)
 
 
 # ── the registry ──
@@ -132,6 +39,14 @@ async def test_a_broken_model_is_known_but_cannot_answer(registry: Registry) -> 
         registry.find("c")
     assert "secret" not in str(caught.value)
     assert not caught.value.retryable
+
+
+@pytest.mark.asyncio
+async def test_in_the_place_of_torchserve_a_broken_model_is_none() -> None:
+    registry = Registry(FakeRuntime(), TWO, {}, lambda: None, ServerOptions(lenient=True))
+    registry.broken = {"c": ConfigError("no")}
+    with pytest.raises(ModelNotFound):
+        registry.find("c")
 
 
 @pytest.mark.asyncio

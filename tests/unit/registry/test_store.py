@@ -3,8 +3,8 @@ from pathlib import Path
 
 import pytest
 
-from minserve.errors import StartupError
-from minserve.registry.store import Location, locate
+from minserve.errors import ModelNotFound, StartupError
+from minserve.registry.store import Location, find_model, locate
 
 
 @pytest.fixture
@@ -30,7 +30,9 @@ def shown(store: Path, wanted: list[str]) -> list[tuple[str, str | None]]:
 def test_every_model_directory_of_the_store_is_served_by_name(store: Path, caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.WARNING):
         assert shown(store, ["all"]) == [("store/a", None), ("store/b", None)]
-    assert caplog.messages == [f"{store}/notes: skipped, it has neither a model-config.yaml nor a handler.py"]
+    assert caplog.messages == [
+        f"{store}/notes: skipped, it has neither a model-config.yaml nor a handler.py nor a MAR-INF/MANIFEST.json"
+    ]
 
 
 def test_a_link_in_the_store_is_served_under_its_own_name(store: Path) -> None:
@@ -57,13 +59,19 @@ def test_models_can_be_named(store: Path, wanted: list[str], found: list[tuple[s
 
 def test_a_location_may_be_absolute(store: Path) -> None:
     path = store.parent / "elsewhere"
-    assert locate(store, [f"x={path}", str(path)]) == [Location(path, "x"), Location(path, None)]
+    assert locate(store, [f"x={path}", str(path)]) == [Location(path, "x", str(path)), Location(path, None, str(path))]
 
 
 @pytest.mark.parametrize("wanted", ["none", "x=none", "handler.txt", "x=/nowhere"])
 def test_a_model_that_is_not_there_stops_the_start(store: Path, wanted: str) -> None:
-    with pytest.raises(StartupError, match=f"^model {wanted}: no directory "):
+    with pytest.raises(StartupError, match=f"^model {wanted}: /.*: (no such directory or archive|is no archive)"):
         locate(store, ["a", wanted])
+
+
+def test_in_the_place_of_torchserve_a_model_that_is_not_there_stops_nothing(store: Path) -> None:
+    there, missing = locate(store, ["a", "x=none"], lenient=True)
+    assert there.missing is None
+    assert (missing.name, str(missing.missing)) == ("x", "Model not found at: none")
 
 
 def test_a_store_that_is_not_there_stops_the_start(store: Path) -> None:
@@ -75,3 +83,73 @@ def test_a_store_that_is_not_there_stops_the_start(store: Path) -> None:
 def test_a_model_directory_given_as_the_store_is_told_apart(store: Path, name: str) -> None:
     with pytest.raises(StartupError, match="is itself a model directory"):
         locate(store / name, ["all"])
+
+
+# ── archives ──
+
+
+def test_archives_and_folders_with_a_manifest_are_models(store: Path) -> None:
+    for name in ("c.mar", "d.tar.gz", "e.tgz", "f.model", "g.zip", "h.pt", ".i.mar"):
+        (store / name).touch()
+    (store / "j" / "MAR-INF").mkdir(parents=True)
+    (store / "j" / "MAR-INF" / "MANIFEST.json").touch()
+    names = ["a", "b", "c.mar", "d.tar.gz", "e.tgz", "f.model", "g.zip", "j"]
+    assert [location.path.name for location in locate(store, ["all"])] == names
+    assert shown(store, ["x=c.mar", "d.tar.gz"]) == [("store/c.mar", "x"), ("store/d.tar.gz", None)]
+
+
+@pytest.mark.parametrize(
+    ("file", "name"),
+    [("res-net.50.mar", "res_net_50"), ("m.tar.gz", "m"), ("M.MAR", "M"), ("a b.tgz", "a_b"), ("m.other", "m.other")],
+)
+def test_a_file_that_says_no_name_has_its_own(file: str, name: str) -> None:
+    assert Location(Path("/store", file)).file_name == name
+
+
+def test_an_address_is_left_to_whoever_fetches_it(store: Path) -> None:
+    url = "https://models.example/m.mar?a=b"
+    assert locate(store, [url, f"x={url}"]) == [Location(Path(url), None, url), Location(Path(url), "x", url)]
+
+
+# ── what a registration names ──
+
+
+@pytest.mark.parametrize("url", ["c.mar", "/some/where/c.mar", "b", "{store}/b", "{store}/b/"])
+def test_a_registration_names_something_in_the_store(store: Path, url: str) -> None:
+    (store / "c.mar").touch()
+    found = find_model(store, url.format(store=store), [])
+    assert found == store / ("c.mar" if "c.mar" in url else "b")
+
+
+@pytest.mark.parametrize(
+    ("url", "message"),
+    [
+        ("", "empty url"),
+        ("../x.mar", "Relative path is not allowed in url: ../x.mar"),
+        ("none.mar", "Model not found at: none.mar"),
+        ("handler.txt", "Model not found at: handler.txt"),
+        ("x" * 300, f"Model not found at: {'x' * 300}"),
+        ("x\0.mar", "Model not found at: x\0.mar"),
+        ("/", "Given URL / does not match any allowed URL(s)"),
+        ("{elsewhere}", "Given URL {elsewhere} does not match any allowed URL(s)"),
+    ],
+)
+def test_what_is_not_there_or_not_allowed_is_said_with_torchserves_words(store: Path, url: str, message: str) -> None:
+    elsewhere = store.parent / "elsewhere"
+    with pytest.raises(ModelNotFound) as caught:
+        find_model(store, url.format(elsewhere=elsewhere), ["https://.*"])
+    assert str(caught.value) == message.format(elsewhere=elsewhere)
+
+
+def test_a_folder_elsewhere_can_be_allowed(store: Path) -> None:
+    elsewhere = store.parent / "elsewhere"
+    assert find_model(store, str(elsewhere), [f"file://{store.parent}/.*"]) == elsewhere
+
+
+def test_a_store_may_hold_handlers_beside_its_archives(store: Path) -> None:
+    (store / "handler.py").touch()
+    with pytest.raises(StartupError, match="is itself a model directory"):
+        locate(store, ["all"])
+    assert len(locate(store, ["a"], lenient=True)) == 1
+    (store / "c.mar").touch()
+    assert "c.mar" in [location.path.name for location in locate(store, ["all"])]

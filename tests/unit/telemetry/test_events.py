@@ -63,3 +63,9 @@ def test_what_clients_cause_pushes_no_fault_out() -> None:
     assert (events[0].kind, events[-1].kind) == (EventKind.RANK_DIED, EventKind.READY)
     assert len(events) == 2 + FROM_CLIENTS
     assert [event.at for event in events] == sorted(event.at for event in events)
+
+
+def test_every_event_counts_also_those_that_are_no_longer_kept(log: EventLog) -> None:
+    for number in range(5):
+        log.record(EventKind.RESTART, f"restart {number}", worker=0)
+    assert log.counts == {EventKind.RESTART: 5}

@@ -20,6 +20,8 @@ from minserve.wire.messages import (
     Load,
     Loaded,
     Message,
+    Metric,
+    Metrics,
     Part,
     Progress,
     RequestMeta,
@@ -32,14 +34,17 @@ from minserve.wire.messages import (
 )
 from tests.fakes import feed
 
-REQUEST = RequestMeta("id-1", ((b"Accept", b"*/*"), (b"X", b"\xff")), (Part("body", "text/plain", 3),), "a/b")
+REQUEST = RequestMeta(
+    "id-1", ((b"Accept", b"*/*"), (b"X", b"\xff")), (Part("body", "text/plain", 3),), "a/b", "explain"
+)
 EXAMPLES: list[Message] = [
     Hello(1, 1, 2, 4711, "w1", "secret"),
     Progress("weights", 3, 12),
     Loaded(1.5, probes=True),
     Failure("own", "ValueError", "no ä", "/a.py:3", "Traceback …", 1, (0, 1), 418),
     Answers((Answer(0, 2, 404, "Not here", (("a", "b"), ("a", "c"))), Answer(3, 0)), step=9),
-    Load("m", "1.0", "/m", "handler.py:H", 8, True, False),
+    Metrics((Metric("PredictionTime", 1.5, "ms", "gauge", (("ModelName", "m"),), "id-1,id-2", 1.7e9),)),
+    Load("m", "1.0", "/m", "handler.py:H", 8, True, False, "{}", "json", False, False, "rank0", "[]", True),
     Batch((REQUEST, RequestMeta("id-2", (), ())), grant=4),
     Step(2**40),
     Shutdown("drain"),

@@ -20,7 +20,9 @@ AHEAD, BUFFER = 4, 100  # steps, bytes
 class Group:
     """A broadcast over in-memory links, and the frames that its ranks would send."""
 
-    def __init__(self, ranks: int = 2, in_flight: int = 1, *, reply_after_all: bool = False) -> None:
+    def __init__(
+        self, ranks: int = 2, in_flight: int = 1, *, reply_after_all: bool = False, any_order: bool = False
+    ) -> None:
         self.clock = FakeClock()
         self.links = [MemoryLink(rank) for rank in range(ranks)]
         self.free = 0
@@ -29,7 +31,12 @@ class Group:
         self.doubtful: list[int] = []  # the batch that each of them is about
         self.events: list[tuple[EventKind, int]] = []
         self.steps: dict[int, int] = {}  # by rank: counted in whatever batch is asked for
-        limits = Limits(in_flight, TIMEOUT, FIRST, GRACE, reply_after_all, stream_ahead=AHEAD, stream_buffer=BUFFER)
+        limits = Limits(
+            *(in_flight, TIMEOUT, FIRST, GRACE, reply_after_all),
+            stream_ahead=AHEAD,
+            stream_buffer=BUFFER,
+            any_order=any_order,
+        )
         self.broadcast = Broadcast(
             *(self.clock, self.links, limits, "m/0", lambda rank, seq: self.steps.get(rank, 0)),
             *(self._freed, self._break, self._lose, self._happen),

@@ -702,3 +702,42 @@ async def test_an_answer_that_is_held_is_judged_when_it_comes() -> None:
     group.send(b"x")
     with pytest.raises(WireError, match=r"REPLY answers requests \[0, 1\] of a batch of 1"):
         group.reply(1, b"a", b"b")
+
+
+# ── what is measured ──
+
+
+def measured(group: Group) -> dict[str, int]:
+    meters = group.broadcast._meters
+    series = {name: getattr(meters, name).buckets()[-1][1] for name in ("broadcast", "rank0")}
+    text = meters._metrics.text()
+    return series | {"latencies": len([line for line in text.splitlines() if line.startswith("ts_inference_latency")])}
+
+
+async def test_a_batch_is_measured_for_each_request_and_only_answers_have_a_latency() -> None:
+    group = Group()
+    group.send(b"a", b"b", b"c")
+    assert measured(group) == {"broadcast": 3, "rank0": 0, "latencies": 0}
+    group.reply(1, b"", b"", b"")
+    assert measured(group) == {"broadcast": 3, "rank0": 3, "latencies": 1}
+
+
+async def test_errors_and_late_answers_have_no_latency() -> None:
+    group = Group()
+    group.send(b"x")
+    for rank in range(2):
+        group.error(rank, 1, failure())
+    (late,) = group.send(b"y")
+    late.fail(TimeoutError())
+    group.reply(2, b"")
+    assert isinstance(error_of(late), TimeoutError)
+    assert measured(group) == {"broadcast": 2, "rank0": 1, "latencies": 0}
+
+
+async def test_a_streams_latency_is_that_of_its_end() -> None:
+    group = Group()
+    group.send(b"x")
+    group.chunk(1, (0, b"first"))
+    assert measured(group)["latencies"] == 0
+    group.reply(1, b"last")
+    assert measured(group)["latencies"] == 1

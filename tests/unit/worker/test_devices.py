@@ -222,3 +222,10 @@ def test_contradictions_with_the_devices_there_are(config: ModelConfig, message:
         [f"model-config.yaml:{message}"] if message else []
     )
     assert check_devices(config, config.world_size(8), Inventory(), document) == ()
+
+
+def test_the_first_of_an_inventory() -> None:
+    inventory = Inventory(("3", "1"))
+    assert inventory.first(None) == inventory.first(9) == inventory
+    assert inventory.first(1) == Inventory(("3",))
+    assert inventory.first(0) == Inventory()

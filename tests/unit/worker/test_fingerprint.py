@@ -93,3 +93,13 @@ def test_a_huge_directory_is_not_read_to_its_end(model: Path, monkeypatch: pytes
 @pytest.mark.asyncio
 async def test_it_is_read_off_the_loop(model: Path) -> None:
     assert await read_fingerprint(model) == fingerprint(model)
+
+
+def test_an_archive_is_judged_by_itself(tmp_path: Path) -> None:
+    archive = tmp_path / "m.mar"
+    assert fingerprint(archive) == fingerprint(tmp_path / "none")
+    archive.write_bytes(b"1")
+    before = fingerprint(archive)
+    assert before == fingerprint(archive)
+    touch(archive)
+    assert fingerprint(archive) != before

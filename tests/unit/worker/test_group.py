@@ -34,6 +34,8 @@ from minserve.wire.messages import (
     Hello,
     Load,
     Loaded,
+    Metric,
+    Metrics,
     Part,
     Progress,
     RequestMeta,
@@ -380,6 +382,20 @@ async def test_a_load_that_takes_too_long_says_how_far_each_rank_is(setup: Setup
     assert (group.cause.rank, group.cause.pid) == (1, setup.ranks[1].pid)
     behind = [f"rank {rank.rank} (pid {rank.pid})" for rank in setup.ranks]
     assert str(caught.value) == f"m/0: not loaded within 20 s ({behind[1]}: weights 3 of 9, {behind[2]}: importing)"
+
+
+async def test_what_a_handler_records_counts_also_while_it_loads(setup: Setup) -> None:
+    group = await setup.connected()
+    load = asyncio.create_task(group.load(30))
+    labels = (("ModelName", "m"), ("Level", "Model"))
+    for rank in setup.ranks:
+        metric = Metric("HandlerTime", 1.5 + rank.rank, "ms", "gauge", labels, "", 0.0)
+        await rank.send(pack(Kind.METRICS, Metrics((metric,))))
+        await rank.send(pack(Kind.LOADED, Loaded(0.1)))
+    await load
+    lines = group._meters._metrics.text().splitlines()
+    assert [line.rpartition(" ")[2] for line in lines if line.startswith("HandlerTime{")] == ["1.5", "2.5"]
+    assert 'Level="Model",Rank="1",' in next(line for line in lines if line.endswith(" 2.5"))
 
 
 async def test_a_reply_before_the_load_is_over_breaks_the_protocol(setup: Setup) -> None:

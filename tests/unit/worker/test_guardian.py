@@ -69,6 +69,15 @@ def test_when_the_server_is_gone_all_that_its_ranks_have_started_is_killed_and_i
     assert others.poll() is None
 
 
+def test_directories_that_go_with_it_are_removed_too(directory: Path) -> None:
+    models = directory.with_name("minserve-1.models")
+    models.mkdir()
+    watching = Guardian(directory, models)
+    hang_up(watching)
+    assert watching._process.wait(30) == 0
+    assert not models.exists()
+
+
 def test_what_was_just_being_started_is_found_too(watching: Guardian, directory: Path, rank: Start) -> None:
     hang_up(watching)
     assert rank(directory / "m1" / "0.r").wait(30) == -signal.SIGKILL

@@ -69,6 +69,13 @@ def test_a_parallel_model_is_started_by_torchrun_with_a_file_as_its_rendezvous(p
     assert launch.directory == Path("/models/m")
 
 
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_a_model_with_an_environment_of_its_own_is_started_by_that(ranks: int) -> None:
+    spec = dataclasses.replace(make_spec(ranks), python="/venv/bin/python")
+    launch = plan(spec, Endpoints("unix:/run/w.", 0, ranks), Devices(), RUN, "i", "s", {})
+    assert launch.command[0] == "/venv/bin/python"
+
+
 @pytest.mark.parametrize("parallel_type", ["", "custom"])
 def test_any_other_model_is_one_plain_process_that_looks_like_a_rank(parallel_type: str) -> None:
     launch = launch_of(model_config(parallel_type, torchrun={"nproc_per_node": 4}))

@@ -3,6 +3,7 @@ import os
 import shutil
 import stat
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -14,6 +15,7 @@ from minserve.worker.runtime import (
     UNIX_PATH_BYTES,
     LiveServer,
     RuntimeDirectory,
+    _remove_stale,
     live_servers,
     runtime_root,
 )
@@ -64,6 +66,42 @@ def test_each_model_version_has_a_directory_with_a_short_name(runtime: RuntimeDi
     paths = [runtime.new_model_directory() for _ in range(3)]
     assert [path.name for path in paths] == ["m1", "m2", "m3"]
     assert all(path.is_dir() for path in paths)
+
+
+def test_a_model_version_that_has_gone_leaves_no_directory_and_no_name(runtime: RuntimeDirectory) -> None:
+    first, second = runtime.new_model_directory(), runtime.new_model_directory()
+    runtime.drop_model_directory(first)
+    assert not first.exists()
+    runtime.restore()
+    assert not first.exists()
+    assert runtime.new_model_directory() not in (first, second)
+
+
+def test_what_archives_hold_lies_beside_it_private_and_locked_and_goes_with_it(
+    environ: Mapping[str, str], root: Path
+) -> None:
+    runtime = RuntimeDirectory(environ)
+    assert not runtime.models.exists(), "it is made when it is needed"
+    first, second = runtime.new_extraction(), runtime.new_extraction()
+    assert first.parent == second.parent == runtime.models == root / f"minserve-{os.getpid()}.models"
+    assert first != second
+    assert not first.exists()
+    assert stat.S_IMODE(runtime.models.stat().st_mode) == 0o700
+    first.mkdir()
+    _remove_stale(root)  # what another server does that starts
+    assert first.exists()
+    shutil.rmtree(runtime.models)
+    assert runtime.new_extraction().parent.is_dir(), "somebody has cleaned up"
+    runtime.remove()
+    assert not runtime.models.exists()
+
+
+def test_what_archives_of_a_dead_server_held_is_removed(environ: Mapping[str, str], root: Path) -> None:
+    left = root / "minserve-999999.models"
+    (left / "x1").mkdir(parents=True)
+    (left / MARKER).touch()
+    RuntimeDirectory(environ).remove()
+    assert not left.exists()
 
 
 def test_it_is_gone_with_the_server(runtime: RuntimeDirectory, root: Path) -> None:
@@ -256,3 +294,11 @@ def test_without_any_place_the_error_names_the_candidates(
     monkeypatch.setattr("os.access", lambda *_: False)
     with pytest.raises(StartupError, match=message):
         runtime_root(environ)
+
+
+def test_a_servers_note_leads_to_its_management_key(tmp_path: Path) -> None:
+    file = tmp_path / "key_file.json"
+    assert replace(HERE, key_file=str(file)).management_key() == "", "it has gone"
+    file.write_text('{"management": {"key": "k"}}')
+    assert replace(HERE, key_file=str(file)).management_key() == "k"
+    assert HERE.management_key() == ""

@@ -25,6 +25,15 @@ def test_limits_are_the_models_or_follow_from_its_response_timeout(options: dict
     assert make_spec(config=model_config(minserve=options)).limits == limits
 
 
+def test_a_model_that_answers_in_any_order_has_its_queue_under_way_but_never_with_several_ranks() -> None:
+    spec = make_spec(config=model_config(async_communication=True))
+    assert (spec.asynchronous, spec.limits.in_flight, spec.limits.any_order) == (True, 100, True)
+    few = make_spec(config=model_config(async_communication=True, minserve={"in_flight": 7}))
+    assert few.limits.in_flight == 7
+    several = make_spec(2, config=model_config("tp", async_communication=True))
+    assert (several.asynchronous, several.limits.in_flight, several.limits.any_order) == (False, 1, False)
+
+
 @pytest.mark.parametrize(
     ("client_timeout", "options", "seconds"),
     [(0, {}, 20), (0, {"queue_timeout": 1.5}, 11.5), (1500, {"queue_timeout": 60.0}, 1.5)],

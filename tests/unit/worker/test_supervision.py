@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
 from minserve.dispatch.request import Reply
-from minserve.errors import Draining, MinServeError, ModelUnhealthy, WorkerFailed
+from minserve.errors import Draining, MinServeError, ModelUnhealthy, NoWorkers, WorkerFailed
 from minserve.worker.spec import ModelSpec
 from minserve.worker.states import State
 from tests.fakes import FakeTimeLoop
@@ -152,6 +152,15 @@ class Supervision(RuleBasedStateMachine):
 
         self.replacing = self.soon(lambda: self.loop.create_task(replace()))
 
+    @precondition(lambda self: not self.stopped and (self.replacing is None or self.replacing.done()))
+    @rule(fewest=st.integers(0, MOST), more=st.integers(0, MOST))
+    def resize(self, fewest: int, more: int) -> None:
+        self.collect()
+        most = min(MOST, fewest + more) if fewest else 0
+        self.soon(lambda: self.loop.create_task(self.house.supervisor.resize(fewest, most))).result()
+        config = self.house.spec.config.model_copy(update={"min_workers": fewest, "max_workers": most})
+        self.house.spec = dataclasses.replace(self.house.spec, config=config)
+
     @precondition(lambda self: not self.stopped)
     @rule(hurry=st.none() | st.floats(0.0, 2.0))
     def stop(self, hurry: float | None) -> None:
@@ -231,7 +240,10 @@ class Supervision(RuleBasedStateMachine):
         ready = [keeper.worker for keeper in self.house.supervisor._crew.in_charge if keeper.worker.serving]
         assert set(ready) == set(self.house.lanes)
         assert len(self.house.lanes) == len(ready)
-        assert (self.house.not_ready() is None) == bool(ready)
+        assert (self.house.not_ready() is None) == (bool(ready) or self.nobody_wanted())
+
+    def nobody_wanted(self) -> bool:
+        return self.house.supervisor._scaler.fewest == 0 and not self.stopped
 
     @invariant()
     def a_model_that_is_given_up_refuses_and_no_other_does(self) -> None:
@@ -240,6 +252,9 @@ class Supervision(RuleBasedStateMachine):
             assert isinstance(refusal, Draining)
         elif self.house.unhealthy() is not None:
             assert isinstance(refusal, ModelUnhealthy)
+            assert self.house.dispatcher.queued == 0
+        elif self.nobody_wanted():
+            assert isinstance(refusal, NoWorkers)
             assert self.house.dispatcher.queued == 0
         else:
             assert refusal is None
@@ -272,6 +287,9 @@ class Supervision(RuleBasedStateMachine):
         async def be_well() -> None:
             work = asyncio.create_task(ranks_work())
             await asyncio.sleep(100)
+            if self.house.supervisor._scaler.fewest != 1:
+                await self.house.supervisor.resize(1, MOST)
+                await asyncio.sleep(100)
             if self.house.unhealthy() is not None:
                 await self.house.supervisor.replace(dataclasses.replace(self.house.spec), 1)
             assert self.house.not_ready() is None

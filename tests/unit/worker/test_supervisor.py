@@ -7,7 +7,7 @@ from collections.abc import Callable
 import pytest
 
 from minserve.dispatch.request import Reply
-from minserve.errors import Draining, ModelUnhealthy, WorkerFailed
+from minserve.errors import Draining, ModelNotFound, ModelUnhealthy, NoWorkers, WorkerFailed
 from minserve.telemetry.events import EventKind
 from minserve.worker.devices import DeviceAllocator, Inventory
 from minserve.worker.spec import ModelSpec
@@ -597,3 +597,144 @@ async def test_a_stop_gives_a_worker_that_leaves_already_no_longer_than_the_othe
     with pytest.raises(WorkerFailed):
         await client
     assert FakeGroup.living() == []
+
+
+# ── another number of workers ──
+
+
+@in_fake_time
+async def test_workers_are_added_and_taken_away_without_a_failed_request() -> None:
+    house = await started(House(crew_spec()))
+    slow = house.submit()
+    await settle()
+    await house.supervisor.resize(3, 3)
+    await settle()
+    assert house.states == "0:BUSY 1:READY 2:READY"
+    await house.supervisor.resize(1, 1)
+    await settle()
+    assert house.states == "0:BUSY", "the busy one stays"
+    assert await answered(slow) == b"ok"
+    assert house.supervisor._scaling is None
+    assert house.details(EventKind.SCALED) == [
+        "1 → 3 workers: asked for 3 to 3",
+        "3 → 1 workers: asked for 1 to 1",
+    ]
+    await house.supervisor.stop(1)
+
+
+@in_fake_time
+async def test_between_the_fewest_and_the_most_the_load_decides() -> None:
+    house = await started(House(crew_spec()))
+    await house.supervisor.resize(1, 2)
+    clients = [house.submit(), house.submit()]
+    await asyncio.sleep(4)
+    assert house.states == "0:BUSY 1:BUSY"
+    for client in clients:
+        assert await answered(client) == b"ok"
+    await asyncio.sleep(15)
+    assert len(house.lanes) == 1
+    await house.supervisor.stop(1)
+
+
+@in_fake_time
+async def test_without_a_worker_requests_are_refused_at_once_and_what_is_in_flight_finishes() -> None:
+    house = await started(House(crew_spec()))
+    in_flight, waiting = house.submit(), house.submit()
+    await settle()
+    await house.supervisor.resize(0, 2)
+    for client in (waiting, house.submit()):
+        with pytest.raises(NoWorkers, match=r'^Model "m" has no worker to serve'):
+            await client
+    await settle()
+    assert house.states == "0:DRAINING"
+    assert await answered(in_flight) == b"ok"
+    await house.supervisor.settled()
+    assert house.states == ""
+    assert house.not_ready() is None, "nobody has asked for a worker"
+    await asyncio.sleep(100)
+    assert house.states == ""
+    await house.supervisor.resize(1, 1)
+    assert await answered(house.submit()) == b"ok"
+    await house.supervisor.stop(1)
+
+
+@in_fake_time
+async def test_a_model_may_start_without_a_worker_and_be_replaced_so() -> None:
+    house = await started(House(crew_spec(), count=0))
+    with pytest.raises(NoWorkers):
+        await house.submit()
+    await house.supervisor.started()
+    await house.supervisor.replace(crew_spec(batch_size=2), 0)
+    with pytest.raises(NoWorkers):
+        await house.submit()
+    await house.supervisor.replace(crew_spec(batch_size=2), 1)
+    assert await answered(house.submit()) == b"ok"
+    await house.supervisor.stop(1)
+
+
+@in_fake_time
+async def test_a_resize_starts_others_in_the_place_of_workers_that_were_given_up() -> None:
+    FakeGroup.loads = [WorkerFailed("m/0: no")]
+    house = await started(House(crew_spec(torchrun={"max_restarts": 0})))
+    assert house.unhealthy() == "m/0: no"
+    await house.supervisor.resize(1, 1)
+    await house.supervisor.started()
+    assert house.unhealthy() is None
+    assert await answered(house.submit()) == b"ok"
+    await house.supervisor.stop(1)
+
+
+@in_fake_time
+async def test_whoever_waits_for_the_start_is_told_when_all_are_ready() -> None:
+    FakeGroup.slow = {"m/0": 3.0, "m/1": 5.0}
+    house = House(crew_spec(), count=2)
+    house.supervisor.start()
+    loop = asyncio.get_running_loop()
+    began = loop.time()
+    await house.supervisor.started()
+    assert loop.time() - began == pytest.approx(5.0, abs=0.1)
+    await house.supervisor.started()
+    await house.supervisor.stop(1)
+
+
+@in_fake_time
+async def test_whoever_waits_for_the_start_is_told_of_the_first_failure_though_it_is_tried_again() -> None:
+    FakeGroup.slow = {"m/1": 2.0}
+    house = House(crew_spec(), count=2)
+    house.supervisor.start()
+    await settle()
+    FakeGroup.loads = [WorkerFailed("m/1: no weights")]
+    with pytest.raises(WorkerFailed, match="no weights"):
+        await house.supervisor.started()
+    FakeGroup.slow = {}
+    await settle()
+    assert house.states == "0:READY 1:READY"
+    FakeGroup.made[0].fail(WorkerFailed("m/0: rank 0 died"))
+    await settle()
+    await house.supervisor.started()  # it has come back: old failures count no more
+    await house.supervisor.stop(1)
+
+
+@in_fake_time
+async def test_whoever_waits_for_the_start_is_told_when_the_model_is_stopped() -> None:
+    FakeGroup.hanging = {"load"}
+    house = await started(House())
+    waiting = asyncio.create_task(house.supervisor.started())
+    await settle()
+    await house.supervisor.stop(0, ModelNotFound("Model not found: m"))
+    with pytest.raises(ModelNotFound):
+        await waiting
+    with pytest.raises(ModelNotFound):
+        await house.submit()
+    with pytest.raises(Draining):
+        await house.supervisor.resize(1, 1)
+
+
+@in_fake_time
+async def test_versions_of_a_model_have_devices_of_their_own() -> None:
+    allocator = DeviceAllocator(Inventory(("0", "1", "2")))
+    first = await started(House(crew_spec(2), allocator=allocator))
+    second = await started(House(dataclasses.replace(crew_spec(2), version="2.0"), allocator=allocator))
+    assert "m:2.0/0 needs 2 device(s), 1 of 3 are free; m/0 owns 0, 1" in str(second.not_ready())
+    await first.supervisor.stop(1)
+    await second.supervisor.stop(1)

@@ -1,0 +1,5 @@
+"""One metric, to which values are given."""
+
+from minserve.rank.metrics import CachingMetric
+
+__all__ = ["CachingMetric"]

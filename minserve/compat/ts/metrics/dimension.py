@@ -1,0 +1,5 @@
+"""A label of a metric."""
+
+from minserve.rank.metrics import Dimension
+
+__all__ = ["Dimension"]

@@ -1,0 +1,1 @@
+"""Where older handlers import the streaming function from."""

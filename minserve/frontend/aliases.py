@@ -1,0 +1,91 @@
+"""Other paths for a prediction: those of SageMaker's containers, and TorchServe's oldest.
+
+On these, and on no others, what the query says reaches the handler too, each key as one more field of its input.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import math
+from typing import TYPE_CHECKING
+
+from minserve.errors import BadRequest
+from minserve.frontend.admission import request_timeout
+from minserve.frontend.body import query_fields
+from minserve.frontend.inference import METHODS
+from minserve.frontend.routing import add_route
+from minserve.wire.messages import Part
+
+if TYPE_CHECKING:
+    from aiohttp import web
+
+    from minserve.frontend.inference import Inference
+    from minserve.frontend.routing import Routes
+    from minserve.registry.models import Registry, ServedModel
+    from minserve.wire.messages import Buffer
+
+Parts = tuple[tuple[Part, ...], list["Buffer"]]
+MODEL_NAME = "model_name"
+
+
+class Aliases:
+    """The routes /invocations, /models/{model}/invoke, /{model}/predict and /{model}/{version}/predict."""
+
+    def __init__(self, registry: Registry, inference: Inference) -> None:
+        self._registry = registry
+        self._inference = inference
+
+    def add_routes(self, routes: Routes) -> None:
+        """Add them late: two of them begin with any word."""
+        add_route(routes, METHODS, "/invocations", self.invoke)
+        add_route(routes, METHODS, "/models/{model}/invoke", self.predict)
+        add_route(routes, METHODS, "/{model}/predict", self.predict)
+        add_route(routes, METHODS, "/{model}/{version}/predict", self.predict)
+
+    async def predict(self, request: web.Request) -> web.StreamResponse:
+        """Sends one request, with what its query says, to a model and the answer to the client."""
+        match = request.match_info
+        model = self._registry.find(match["model"], match.get("version"))
+        return await self._serve(request, model, query_fields(request.rel_url.raw_query_string))
+
+    async def invoke(self, request: web.Request) -> web.StreamResponse:
+        """Sends one request to the model that its query or its form names, or to the only one there is."""
+        fields = query_fields(request.rel_url.raw_query_string)
+        name = fields.get(MODEL_NAME)
+        return await self._serve(request, None if name is None else self._named(name), fields)
+
+    async def _serve(
+        self, request: web.Request, model: ServedModel | None, fields: dict[str, bytes]
+    ) -> web.StreamResponse:
+        now = asyncio.get_running_loop().time()
+        deadline = math.inf if model is None else now + request_timeout(request.headers, model.spec.request_timeout)
+        share = self._inference.share()
+        try:
+            parts, bodies = await self._inference.receive(request, share, deadline)
+            if model is None:
+                model = self._named_in(parts, bodies)
+                deadline = now + request_timeout(request.headers, model.spec.request_timeout)
+            parts, bodies = _with_fields(parts, bodies, fields)
+            return await self._inference.submit(request, model, parts, bodies, deadline)
+        finally:
+            share.give_back()
+
+    def _named_in(self, parts: tuple[Part, ...], bodies: list[Buffer]) -> ServedModel:
+        for part, body in zip(parts, bodies, strict=True):
+            if part.name == MODEL_NAME:
+                return self._named(bytes(body))
+        names = {model.spec.name for model in self._registry.models()}
+        if len(names) != 1:
+            raise BadRequest(f"Parameter {MODEL_NAME} is required.")
+        return self._registry.find(names.pop())
+
+    def _named(self, name: bytes) -> ServedModel:
+        return self._registry.find(name.decode("utf-8", "replace"))
+
+
+def _with_fields(parts: tuple[Part, ...], bodies: list[Buffer], fields: dict[str, bytes]) -> Parts:
+    """The query's fields in front of the body's; of two with one name the body's stands, as with TorchServe."""
+    in_body = {part.name for part in parts}
+    added = {name: value for name, value in fields.items() if name not in in_body}
+    front = tuple(Part(name, "", len(value)) for name, value in added.items())
+    return front + parts, [*added.values(), *bodies]

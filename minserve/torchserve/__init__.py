@@ -1,0 +1,1 @@
+"""TorchServe's command, `minserve torchserve`: its flags, its configuration files, its logs."""

@@ -1,0 +1,25 @@
+"""Archives for the tests, as torch-model-archiver makes them."""
+
+import json
+import zipfile
+from pathlib import Path
+
+HANDLER = "def handle(data, context):\n    return [b'x'] * len(data or [])\n"
+
+
+def manifest(**model: object) -> str:
+    """A MANIFEST.json; `runtime` goes where it belongs."""
+    runtime = model.pop("runtime", "python")
+    return json.dumps({"runtime": runtime, "model": {"modelName": "m", "handler": "h.py", **model}})
+
+
+def make_mar(path: Path, files: dict[str, str] | None = None, **model: object) -> Path:
+    """Writes a .mar. What is None in `model` is left out."""
+    text = manifest(**model)
+    document = json.loads(text)
+    document["model"] = {key: value for key, value in document["model"].items() if value is not None}
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.writestr("MAR-INF/MANIFEST.json", json.dumps(document))
+        for name, content in {"h.py": HANDLER, **(files or {})}.items():
+            archive.writestr(name, content)
+    return path
