@@ -213,7 +213,9 @@ def test_start_on_a_taken_port_is_one_line_and_no_rank(environ: dict[str, str], 
         taken.bind(("127.0.0.1", 0))
         taken.listen()
         port = taken.getsockname()[1]
-        result = start(environ, "--model-store", store, option, port, *(part for other in others for part in (other, 0)))
+        result = start(
+            environ, "--model-store", store, option, port, *(part for other in others for part in (other, 0))
+        )
     assert (result.returncode, result.stdout) == (1, "")
     (line,) = result.stderr.splitlines()
     assert line == f"minserve: cannot listen on 127.0.0.1:{port}: Address already in use; {option} chooses another"
