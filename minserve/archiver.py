@@ -23,10 +23,7 @@ from minserve.registry.manifest import MANIFEST, Manifest, read_manifest
 
 FORMATS = {"default": ".mar", "zip-store": ".mar", "tgz": ".tar.gz", "no-archive": ""}
 RUNTIMES = ("python", "python3")
-SHIPPED_HANDLERS = (
-    *("base_handler", "text_classifier", "image_classifier", "object_detector", "image_segmenter"),
-    *("dali_image_classifier", "vllm_handler", "trt_llm_handler"),
-)
+SHIPPED_HANDLERS = ("base_handler", "text_classifier", "image_classifier", "object_detector", "image_segmenter")
 REQUIREMENTS_FILE = "requirements.txt"
 _FILE_KEYS = ("serializedFile", "modelFile", "requirementsFile", "configFile")
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_\-.]*")

@@ -226,9 +226,9 @@ class ModelConfig(_Keys):
     use_job_ticket: bool = False
     """Accept a request only while a worker is idle. Default false. Understood, not yet acted on."""
     continuous_batching: bool = False
-    """Batches whose requests come and go between steps. Default false. Understood, not yet acted on."""
+    """Batches whose requests come and go between steps. Default false; true is an error, not yet built."""
     sequence_batching: bool = False
-    """Requests of one sequence go to one worker, in order. Default false. Understood, not yet acted on."""
+    """Requests of one sequence go to one worker, in order. Default false; true is an error, not yet built."""
     sequence_max_idle_m_sec: Whole = Field(default=0, validation_alias="sequenceMaxIdleMSec")
     """Milliseconds without a request after which a sequence ends. Default 0. With sequenceBatching."""
     sequence_timeout_m_sec: Whole = Field(default=0, validation_alias="sequenceTimeoutMSec")

@@ -27,11 +27,9 @@ __all__ = [
 
 CONFIG_FILE = "model-config.yaml"
 _MODEL_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_\-.]*")
-_SWITCHES_WITHOUT_EFFECT = (
-    "useJobTicket",
-    "continuousBatching",
-    "sequenceBatching",
-)
+_WITHOUT_EFFECT = ("useJobTicket",)
+# A handler that is written for one of these would be served in another way than it expects: its answers would be wrong.
+_NOT_YET = ("continuousBatching", "sequenceBatching")
 
 
 @dataclass(frozen=True)
@@ -221,11 +219,15 @@ def check_own_handler(config: ModelConfig, document: YamlDocument, model_dir: Pa
 
 
 def _switches_without_effect(document: YamlDocument) -> Iterator[Problem]:
-    for key in _SWITCHES_WITHOUT_EFFECT:
+    for key in _WITHOUT_EFFECT:
         if document.data and document.data.get(key) is True:
             yield document.problem(
                 (key,), found="true", allowed="true or false", hint="understood, not yet acted on", severity="warning"
             )
+    for key in _NOT_YET:
+        if document.data and document.data.get(key) is True:
+            hint = "not yet: without it the handler's answers would be wrong"
+            yield document.problem((key,), found="true", allowed="false", hint=hint)
 
 
 def _torchrun_path(document: YamlDocument, key: str) -> YamlPath:

@@ -158,6 +158,8 @@ def _registration(parameters: Parameters) -> Registration:
     url = parameters.text("url")
     if url is None:
         raise BadRequest("Parameter url is required.")
+    if parameters.flag("s3_sse_kms", default=False):
+        raise BadRequest("s3_sse_kms: found true, allowed: false; addresses are fetched without a signature")
     runtime = parameters.text("runtime")
     if runtime is not None and runtime.lower() not in RUNTIMES:
         raise BadRequest(f"Invalid RuntimeType value: {runtime}")

@@ -21,6 +21,10 @@ if TYPE_CHECKING:
 
 ACCESS_LOG = "minserve.access"
 MODEL_LOG = "minserve.output"  # what ranks print
+TRACEBACKS = (
+    "minserve.worker.group",
+    "minserve.worker.broadcast",
+)  # of handlers: their authors look into the model's log
 TS_METRICS = "ts_metrics"
 MODEL_METRICS = "model_metrics"
 LEVELS = {"WARNING": "WARN", "CRITICAL": "FATAL"}
@@ -65,9 +69,12 @@ def configure(level: str, log_dir: Path, metrics_dir: Path, max_bytes: int, file
     logging.captureWarnings(True)
     logging.getLogger("minserve").setLevel(level.upper())
     WORKERS.setLevel(logging.DEBUG)
+    model_log = _Handler(functools.partial(logs.files.put, file(log_dir, "model_log")), line)
+    logging.getLogger(MODEL_LOG).handlers = [model_log]
+    for name in TRACEBACKS:
+        logging.getLogger(name).handlers = [model_log]
     for name, directory, file_name, formatter in (
         (ACCESS_LOG, log_dir, "access_log", _Bare()),
-        (MODEL_LOG, log_dir, "model_log", line),
         (TS_METRICS, metrics_dir, "ts_metrics", _Bare()),
         (MODEL_METRICS, metrics_dir, "model_metrics", _Bare()),
     ):

@@ -81,12 +81,12 @@ def parser() -> argparse.ArgumentParser:
 
 def _stop(timeout: float, tell: bool) -> int:
     """Ends the server that the pid file names. Without one that is no error, as with TorchServe."""
-    with contextlib.suppress(FileNotFoundError):
-        Path(KEY_FILE).unlink()
     pid = running_pid()
     if pid is None:
         print("TorchServe is not currently running.")
         return 0
+    with contextlib.suppress(OSError):
+        Path(KEY_FILE).unlink()
     try:
         os.kill(pid, signal.SIGTERM)
     except PermissionError:

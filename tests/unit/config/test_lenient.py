@@ -85,6 +85,7 @@ def test_the_warning_says_what_is_used(tmp_path: Path) -> None:
     ("text", "key"),
     [
         (TP + "torchrun: {nproc-per-node: 2}\nasyncCommunication: true", "asyncCommunication"),
+        ("continuousBatching: true", "continuousBatching: found true"),
         (TP + "torchrun: {nproc-per-node: 2, nnodes: 2}", "torchrun.nnodes"),
         (TP + "torchrun: {nproc-per-node: 2, rdzv-endpoint: h:1}\nminWorkers: 2\nmaxWorkers: 2", "rdzv-endpoint"),
         ("batchSize: x\nminserve: {handler: ../../x.py}", "minserve.handler"),

@@ -170,6 +170,7 @@ def test_a_section_without_keys_is_empty(read: Read) -> None:
     assert read("minserve:\n  # acceptTimeout: 5\ntorchrun:\n").config == ModelConfig()
 
 
+NOT_YET = "not yet: without it the handler's answers would be wrong"
 INTEGER = "an integer >= 1"
 POSITIVE = "a number of seconds > 0"
 NOT_NEGATIVE = "a number of seconds >= 0"
@@ -229,6 +230,8 @@ BAD_VALUES = [
     ("jobQueueSize: 0", "jobQueueSize", "0 (an integer)", INTEGER),
     ("useJobTicket: 1", "useJobTicket", "1 (an integer)", "true or false"),
     ('continuousBatching: "true"', "continuousBatching", '"true" (a string)', "true or false"),
+    ("continuousBatching: true", "continuousBatching", "true", f"false; {NOT_YET}"),
+    ("sequenceBatching: true", "sequenceBatching", "true", f"false; {NOT_YET}"),
     ("minserve: [1]", "minserve", "[1] (a list)", "a map"),
     ("minserve: {acceptTimeout: 0}", "minserve.acceptTimeout", "0 (an integer)", POSITIVE),
     ("minserve: {inFlight: 0}", "minserve.inFlight", "0 (an integer)", INTEGER),
@@ -325,8 +328,6 @@ def test_a_misspelled_key(read: Read, text: str, key: str, meant: str) -> None:
         ("{parallelType: tp, parallelLevel: 2, minWorkers: 2}", ["minWorkers: found 2 workers", "1 is usual"]),
         ("{parallelType: tp, parallelLevel: 2, maxWorkers: 3}", ["maxWorkers: found 3 workers", "1 is usual"]),
         ("useJobTicket: true", ["useJobTicket: found true", "understood, not yet acted on"]),
-        ("continuousBatching: true", ["continuousBatching: found true", "understood, not yet acted on"]),
-        ("sequenceBatching: true", ["sequenceBatching: found true", "understood, not yet acted on"]),
     ],
 )
 def test_a_warning(read: Read, text: str, parts: list[str]) -> None:

@@ -197,6 +197,7 @@ REFUSED: tuple[tuple[str, object, int, str], ...] = (
     ("?url=", None, 404, "ModelNotFoundException: empty url"),
     ("?url=none.mar", None, 404, "ModelNotFoundException: Model not found at: none.mar"),
     ("?url=../a", None, 404, "ModelNotFoundException: Relative path is not allowed in url: ../a"),
+    ("?url=a&s3_sse_kms=true", None, 400, "BadRequestException: s3_sse_kms: found true, allowed: false"),
     ("?url=a&runtime=java", None, 400, "BadRequestException: Invalid RuntimeType value: java"),
     (
         "",

@@ -8,14 +8,14 @@ from pathlib import Path
 import pytest
 
 from minserve.telemetry import torchserve_logs
-from minserve.telemetry.torchserve_logs import ACCESS_LOG, MODEL_LOG, MODEL_METRICS, TS_METRICS, Logs
+from minserve.telemetry.torchserve_logs import ACCESS_LOG, MODEL_LOG, MODEL_METRICS, TRACEBACKS, TS_METRICS, Logs
 
 MOMENT = r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d,\d{3}"
 
 
 @pytest.fixture
 def logs(tmp_path: Path) -> Iterator[Logs]:
-    names = ("", "minserve", ACCESS_LOG, MODEL_LOG, TS_METRICS, MODEL_METRICS)
+    names = ("", "minserve", ACCESS_LOG, MODEL_LOG, TS_METRICS, MODEL_METRICS, *TRACEBACKS)
     before = {name: (logging.getLogger(name).handlers, logging.getLogger(name).level) for name in names}
     logs = torchserve_logs.configure("info", tmp_path / "logs", tmp_path / "metrics", 0, 1)
     yield logs
@@ -61,6 +61,15 @@ def test_a_burst_of_a_rank_is_marked_line_by_line(logs: Logs, tmp_path: Path) ->
         "W-9001-echo_2.0-stdout MODEL_LOG - one",
         "W-9001-echo_2.0-stdout MODEL_LOG - two",
     ]
+
+
+@pytest.mark.parametrize("name", TRACEBACKS)
+def test_what_is_told_of_a_handlers_exception_is_in_the_models_log_too(logs: Logs, tmp_path: Path, name: str) -> None:
+    logging.getLogger(name).error("echo/0 rank 1 cannot load: ValueError: why\nTraceback (most recent call last):")
+    logs.close()
+    (one, other) = (lines(tmp_path / "logs" / f"{file}.log") for file in ("model_log", "ts_log"))
+    assert one == other
+    assert one[1] == "Traceback (most recent call last):"
 
 
 def test_a_traceback_stands_under_its_line(logs: Logs, tmp_path: Path) -> None:
