@@ -73,8 +73,7 @@ class Dispatcher:
         self._live: set[Request] = set()  # queued and in flight
         self._lanes: deque[Lane] = deque()
         self._refusal: MinServeError | None = None
-        self._idle = asyncio.Event()
-        self._idle.set()
+        self._idle: asyncio.Future[None] | None = None  # for those who wait until no request is left
         self._cut_alarm = Alarm(clock, self._cut)
         self._deadline_alarm = Alarm(clock, self._expire)
         self._wake_pending = False
@@ -97,7 +96,6 @@ class Dispatcher:
         request.entered = self.meters.now()
         self._queue.append(request)
         self._live.add(request)
-        self._idle.clear()
         self._deadline_alarm.at(request.deadline)
         self.wake()
         try:
@@ -109,8 +107,9 @@ class Dispatcher:
             raise
         finally:
             self._live.discard(request)
-            if not self._live:
-                self._idle.set()
+            if self._idle is not None and not self._live:
+                self._idle.set_result(None)
+                self._idle = None
 
     @property
     def queued(self) -> int:
@@ -129,7 +128,10 @@ class Dispatcher:
 
     async def answered(self) -> None:
         """Waits until no request is left: each has its answer, a stream its first chunk."""
-        await self._idle.wait()
+        if self._live:
+            if self._idle is None:
+                self._idle = asyncio.get_running_loop().create_future()
+            await asyncio.shield(self._idle)  # several may wait, and each may give up
 
     # ── for the supervisor and the workers ──
 
@@ -232,11 +234,11 @@ class Dispatcher:
         """
         now = self._clock.time()
         batch: list[Request] = []
-        while self._queue and len(batch) < self._batch_size and not (batch and self._queue[0].attempts):
-            operation = self._queue[0].meta.operation
-            if batch and (operation == DESCRIBE or operation != batch[0].meta.operation):
+        while self._queue and len(batch) < self._batch_size:
+            request = self._queue[0]
+            if batch and (request.attempts or not _go_together(batch[0], request)):
                 break
-            request = self._queue.popleft()
+            self._queue.popleft()
             if request.deadline <= now:
                 request.fail(self._too_late(request))
             elif not request.reply.done():
@@ -294,3 +296,8 @@ class Dispatcher:
     def _too_late(self, request: Request) -> DeadlineExceeded:
         where = f"{request.worker} is still at work on it" if request.worker else "it was still in the queue"
         return DeadlineExceeded(f'Model "{self._model}": no answer within the request\'s deadline; {where}')
+
+
+def _go_together(first: Request, other: Request) -> bool:
+    operation = other.meta.operation
+    return operation == first.meta.operation and operation != DESCRIBE

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import logging
 import math
@@ -15,6 +16,8 @@ from minserve.errors import BadRequest, BodyTooLarge, MinServeError
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable
+
+    Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 
 logger = logging.getLogger(__name__)
 
@@ -56,21 +59,24 @@ def refusal(status: int, message: str) -> BadRequest:
     return error
 
 
-async def errors_as_json(
-    request: web.Request, handler: Callable[[web.Request], Awaitable[web.StreamResponse]]
-) -> web.StreamResponse:
+def errors_as_json(handler: Handler) -> Handler:
     """Turns every exception into an answer. What nobody foresaw is a 500 that says so, its traceback is for the log."""
-    try:
-        return await handler(request)
-    except MinServeError as error:
-        return refuse(request, error)
-    except web.HTTPException as error:
-        return refuse(request, _from_aiohttp(error))
-    except Exception:
-        if request.writer.output_size:  # of a stream: the connection logs it, and breaks off
-            raise
-        logger.exception("%s %s: unforeseen", request.method, request.raw_path)
-        return refuse(request, MinServeError("Internal error; the log has its traceback"))
+
+    @functools.wraps(handler)
+    async def answered(request: web.Request) -> web.StreamResponse:
+        try:
+            return await handler(request)
+        except MinServeError as error:
+            return refuse(request, error)
+        except web.HTTPException as error:
+            return refuse(request, _from_aiohttp(error))
+        except Exception:
+            if request.writer.output_size:  # of a stream: the connection logs it, and breaks off
+                raise
+            logger.exception("%s %s: unforeseen", request.method, request.raw_path)
+            return refuse(request, MinServeError("Internal error; the log has its traceback"))
+
+    return answered
 
 
 def refuse(request: web.Request, error: MinServeError) -> web.Response:

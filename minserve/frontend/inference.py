@@ -19,7 +19,7 @@ from minserve.frontend.streaming import stream_reply
 from minserve.wire.messages import RequestMeta
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Awaitable, Sequence
 
     from minserve.config.server import ServerOptions
     from minserve.dispatch.request import Reply
@@ -39,6 +39,7 @@ class Inference:
 
     def __init__(self, registry: Registry, options: ServerOptions) -> None:
         self._registry = registry
+        self._loop = asyncio.get_running_loop()  # kept: up to Python 3.11 to ask for it is a system call
         self._bodies = BodyReader(options)
         self._in_flight = InFlightBytes(options.max_in_flight_bytes)
         registry.metrics.in_flight = lambda: self._in_flight.used
@@ -50,17 +51,19 @@ class Inference:
             add_route(routes, METHODS, f"/predictions/{{model}}{rest}", self.predict)
             add_route(routes, METHODS, f"/explanations/{{model}}{rest}", self.explain)
 
-    async def predict(self, request: web.Request) -> web.StreamResponse:
+    # These two are no coroutines themselves: each one in the chain of a request costs it time.
+
+    def predict(self, request: web.Request) -> Awaitable[web.StreamResponse]:
         """Sends one request to a model and its answer to the client."""
         match = request.match_info
         model = self._registry.find(match["model"], match.get("version") or None)
-        return await self.serve(request, model, url_path=printable(match.get("rest", "")))
+        return self.serve(request, model, "", printable(match.get("rest", "")))
 
-    async def explain(self, request: web.Request) -> web.StreamResponse:
+    def explain(self, request: web.Request) -> Awaitable[web.StreamResponse]:
         """Sends one request to a model for an explanation, and that to the client."""
         match = request.match_info
         model = self._registry.find(match["model"], match.get("version") or None)
-        return await self.serve(request, model, EXPLAIN, printable(match.get("rest", "")))
+        return self.serve(request, model, EXPLAIN, printable(match.get("rest", "")))
 
     async def serve(
         self, request: web.Request, model: ServedModel, operation: str = "", url_path: str = ""
@@ -70,7 +73,7 @@ class Inference:
         Args:
             operation, url_path: as in `RequestMeta`.
         """
-        deadline = asyncio.get_running_loop().time() + request_timeout(request.headers, model.spec.request_timeout)
+        deadline = self._loop.time() + request_timeout(request.headers, model.spec.request_timeout)
         share = self.share()
         try:
             parts, bodies = await self.receive(request, share, deadline)
@@ -110,34 +113,29 @@ class Inference:
             model = self._registry.find(model.spec.name, version or None)
         id_ = request[ID] = request_id(request.headers)
         meta = RequestMeta(id_, request.raw_headers, parts, url_path, operation)
-        reply: asyncio.Future[Reply] = asyncio.get_running_loop().create_future()
+        reply: asyncio.Future[Reply] = self._loop.create_future()
         asked = Request(meta, bodies, deadline, reply, named=bool(version))
         try:
             answer = await model.dispatcher.submit(asked)
         except NoWorkers:
             raise NoWorkers(model.spec.name, version) from None
-        replied = perf_counter()
-        response = await self._respond(request, answer, model)
-        ours = asked.entered - request[BEGAN]
-        if answer.stream is None:
-            ours += perf_counter() - replied
-        model.dispatcher.meters.frontend.record(ours)
-        return response
-
-    async def _respond(self, request: web.Request, reply: Reply, model: ServedModel) -> web.StreamResponse:
-        headers = headers_of(reply)
-        headers[REQUEST_ID] = request[ID]
+        replied, ours = perf_counter(), asked.entered - request[BEGAN]
+        headers = headers_of(answer)
+        headers[REQUEST_ID] = id_
         headers.setdefault(hdrs.CONTENT_TYPE, UNTYPED)
-        if reply.stream is not None:
+        if answer.stream is not None:
+            model.dispatcher.meters.frontend.record(ours)
             stall_timeout = model.spec.config.minserve.stream_stall_timeout
-            return await stream_reply(request, reply, reply.stream, headers, stall_timeout)
-        if len(reply.body) > self._max_response_size:
+            return await stream_reply(request, answer, answer.stream, headers, stall_timeout)
+        if len(answer.body) > self._max_response_size:
             raise MinServeError(
-                f'Model "{model.spec.name}": the answer has {len(reply.body)} bytes, max_response_size allows '
+                f'Model "{model.spec.name}": the answer has {len(answer.body)} bytes, max_response_size allows '
                 f"{self._max_response_size}"
             )
         # Without a phrase of the handler's there is none, as with TorchServe.
-        return web.Response(body=reply.body, status=reply.status, reason=reply.reason, headers=headers)
+        response = web.Response(body=answer.body, status=answer.status, reason=answer.reason, headers=headers)
+        model.dispatcher.meters.frontend.record(ours + perf_counter() - replied)
+        return response
 
 
 def headers_of(reply: Reply) -> CIMultiDict[str]:

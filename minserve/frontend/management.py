@@ -160,7 +160,7 @@ async def _customized(request: web.Request, model: ServedModel) -> Json:
         answer.stream.mute()
     try:
         told: object = msgspec.json.decode(answer.body)
-    except msgspec.DecodeError:
+    except (msgspec.DecodeError, RecursionError):
         return {}
     return told if isinstance(told, dict) else {}
 

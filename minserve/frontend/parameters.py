@@ -42,6 +42,8 @@ class Parameters:
             values: object = msgspec.json.decode(body)
         except (msgspec.DecodeError, UnicodeDecodeError) as error:
             raise BadRequest(f"the body is not JSON: {error}") from None
+        except RecursionError:
+            raise BadRequest("the body is nested too deeply") from None
         if not isinstance(values, dict):
             raise BadRequest(f"the body: found {_shown(values)}, allowed: a JSON object")
         return cls(values, strict=True)
@@ -67,7 +69,12 @@ class Parameters:
 
     def seconds(self, name: str) -> float | None:
         """A positive number; another one stands for none."""
-        number = self._number(name, "a number of seconds")
+        allowed = f"a number of seconds up to {_LARGEST}"
+        number = self._number(name, allowed)
+        if number is not None and number > _LARGEST:
+            if self._strict:
+                raise self._wrong(name, allowed)
+            return None
         return number if number is not None and number > 0 else None
 
     def flag(self, name: str, default: bool) -> bool:

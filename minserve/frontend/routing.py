@@ -64,7 +64,8 @@ class Routes:
     def in_front(self, handler: Handler) -> Handler:
         """A handler behind the checks. Without any it is not even wrapped once more: that would cost each prediction."""
         checks = self.checks if self.key is None else (*self.checks, self.key)
-        return _checked(handler, checks) if checks else _answered(handler)
+        answered = errors_as_json(handler)
+        return _checked(answered, checks) if checks else answered
 
 
 def add_route(routes: Routes, methods: Sequence[str], path: str, handler: Handler) -> None:
@@ -104,14 +105,6 @@ class _Asterisk(web.PlainResource):
         self._path = "*"
 
 
-def _answered(handler: Handler) -> Handler:
-    @functools.wraps(handler)
-    async def answered(request: web.Request) -> web.StreamResponse:
-        return await errors_as_json(request, handler)
-
-    return answered
-
-
 def _checked(handler: Handler, checks: tuple[Check, ...]) -> Handler:
     @functools.wraps(handler)
     async def checked(request: web.Request) -> web.StreamResponse:
@@ -122,7 +115,7 @@ def _checked(handler: Handler, checks: tuple[Check, ...]) -> Handler:
                     return answer
         except MinServeError as error:
             return refuse(request, error)
-        return await errors_as_json(request, handler)
+        return await handler(request)
 
     return checked
 

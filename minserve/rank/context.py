@@ -7,14 +7,13 @@ from __future__ import annotations
 
 import copy
 import os
-from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 from minserve.rank.metric_cache import MetricsCache
 from minserve.wire.messages import RequestMeta
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable, Mapping, Sequence
 
     from minserve.rank.streaming import Chunks
 
@@ -31,7 +30,7 @@ class RequestProcessor:
 
     def __init__(self, request: RequestMeta | Mapping[str, object]) -> None:
         self._headers: dict[str, object] | None = None
-        if isinstance(request, Mapping):
+        if not isinstance(request, RequestMeta):
             self._headers = dict(request)
             request = RequestMeta("", (), ())
         self._meta = request

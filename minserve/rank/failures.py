@@ -19,6 +19,8 @@ _BACKEND_TEXT = re.compile(
 # Where torch raises again what a function that it called on another rank has raised there.
 _REMOTE = "torch/distributed/rpc/internal.py"
 MAX_TEXT = 2000  # characters of an exception's text that reach a client
+# TorchScript puts a traceback of its own into an exception's text, before the sentence that says what is wrong.
+_SCRIPTED = re.compile(r"\.?\s*\nTraceback of TorchScript.*\n(?=[\w.]+: )", re.DOTALL)
 
 
 class StageError(Exception):
@@ -81,7 +83,7 @@ def describe(error: BaseException, rank: int, world_size: int, collectives: int 
     return Failure(
         kind=_kind(error),
         type_name=type(error).__name__,
-        text=_text(error)[:MAX_TEXT],
+        text=_SCRIPTED.sub(": ", _text(error)).rstrip()[:MAX_TEXT],
         place=place_of(error),
         traceback=trace,
         origin=rank,

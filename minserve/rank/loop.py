@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import gc
 import inspect
 import json
@@ -22,7 +21,6 @@ from minserve.rank.failures import describe, issued_collectives
 from minserve.rank.inbox import Inbox
 from minserve.rank.loading import Handler, load_handler
 from minserve.rank.metric_cache import MetricsCache
-from minserve.rank.metrics import MetricTypes
 from minserve.rank.outbox import Outbox
 from minserve.rank.probing import run_probe
 from minserve.rank.streaming import Cancelled, Stream
@@ -36,8 +34,6 @@ if TYPE_CHECKING:
     from minserve.rank.process import Launch
     from minserve.wire.board import Slot
     from minserve.wire.frames import Frame
-
-PREDICTION_TIME = "PredictionTime"
 
 
 class Rank:
@@ -59,7 +55,6 @@ class Rank:
         self._outbox = Outbox(connection, launch.rank, reply_done=False)
         self._parse = True
         self._together = launch.world_size  # how many ranks run each batch
-        self._times = False  # whether the time of each batch is a metric
 
     def run(self) -> int:
         """Loads, then serves until SHUTDOWN or until the server is gone. Returns the exit code."""
@@ -108,7 +103,6 @@ class Rank:
         made_up = {"model": {"modelName": load.model, "modelVersion": load.version, "handler": load.handler}}
         declared = MetricsCache(model_name=load.model)
         declared.declare(load.metrics)
-        self._times = self._rank == 0 and PREDICTION_TIME in declared.cache.get(MetricTypes.GAUGE, {})
         return Context(
             load.model,
             load.model_dir,
@@ -146,8 +140,7 @@ class Rank:
         """Several batches at once, each a task of the event loop."""
         from minserve.rank.tasks import Tasks  # brings asyncio along
 
-        on_time = self._record_time if self._times else None
-        return Tasks(self._connection, self._slot, self._outbox, handler, self._context, self._parse, on_time).run()
+        return Tasks(self._connection, self._slot, self._outbox, handler, self._context, self._parse).run()
 
     def _run_batch(self, handler: Handler, frame: Frame) -> None:
         batch = unpack(Batch, frame.meta)
@@ -165,7 +158,7 @@ class Rank:
             count,
             batch.grant,
             self._rank == 0,
-            functools.partial(self._outbox.refused, seq=seq, kind="chunk"),
+            self._outbox.refused_chunk,
         )
         data = decode_batch(batch, frame.body, self._parse)
         streaming.set_current(stream)
@@ -177,9 +170,7 @@ class Rank:
             else:
                 began = time.monotonic()
                 answers = collect(handler.handle(data, self._context), stream)
-                if self._times:
-                    self._record_time(time.monotonic() - began, self._context)
-                self._outbox.answer(answers, stream, self._context, seq, count)
+                self._outbox.answer(answers, stream, self._context, seq, count, time.monotonic() - began)
         except Refused as refusal:
             self._outbox.refused(refusal, seq)
         except (Exception, Cancelled) as error:
@@ -194,10 +185,6 @@ class Rank:
             streaming.set_current(None)
             if stream.cancelled:
                 threads.wait_for_end(others)
-
-    def _record_time(self, seconds: float, context: Context) -> None:
-        if isinstance(context.metrics, MetricsCache):  # a handler may have put something else in its place
-            context.metrics.add_time(PREDICTION_TIME, round(seconds * 1000, 2))
 
     # ── failures ──
 

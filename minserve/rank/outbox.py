@@ -45,8 +45,13 @@ class Outbox:
         self._hold_metrics(0)
         self._connection.send(Kind.FAILED, failure)
 
-    def answer(self, answers: object, stream: Chunks, context: Context, seq: int, count: int) -> None:
+    def answer(
+        self, answers: object, stream: Chunks, context: Context, seq: int, count: int, seconds: float = 0.0
+    ) -> None:
         """The answers of a batch, if this is rank 0, and else that it is through.
+
+        Args:
+            seconds: that it was in `handle`.
 
         Raises:
             Refused: they cannot be sent.
@@ -62,7 +67,7 @@ class Outbox:
         metas: list[Answer] = [answer for answer, _ in encoded]
         bodies: list[Buffer] = [body for _, body in encoded]
         self._hold_metrics(seq)
-        self._connection.send_with_body(Kind.REPLY, Answers(tuple(metas), stream.step), bodies, seq)
+        self._connection.send_with_body(Kind.REPLY, Answers(tuple(metas), stream.step, seconds), bodies, seq)
 
     def through(self, seq: int, count: int) -> None:
         """The end of a batch on another rank than 0."""
@@ -79,9 +84,13 @@ class Outbox:
         self._hold_metrics(seq)
         self._connection.send(Kind.ERROR, failure, seq)
 
-    def refused(self, refusal: Refused, seq: int, kind: str = "refused") -> None:
-        """What a handler has returned, or (kind "chunk") has sent in between, cannot be sent."""
-        self.failed(Failure(kind, "", str(refusal), "", "", self._rank, ()), seq)
+    def refused(self, refusal: Refused, seq: int) -> None:
+        """What a handler has returned cannot be sent."""
+        self.failed(Failure("refused", "", str(refusal), "", "", self._rank, ()), seq)
+
+    def refused_chunk(self, refusal: Refused, seq: int) -> None:
+        """What a handler has sent before its end cannot be sent."""
+        self.failed(Failure("chunk", "", str(refusal), "", "", self._rank, ()), seq)
 
     def _hold_metrics(self, seq: int) -> None:
         """They go with the frame that comes next."""
@@ -91,6 +100,8 @@ class Outbox:
 
 def _take_metrics() -> list[Metrics]:
     taken = metrics.take()
+    if not taken:
+        return []
     return [
         Metrics(tuple(taken[start : start + METRICS_PER_FRAME])) for start in range(0, len(taken), METRICS_PER_FRAME)
     ]

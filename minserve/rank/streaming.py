@@ -49,7 +49,7 @@ class Chunks(ABC):
 
     Args:
         granted: the step up to which it may go before it needs a grant.
-        on_refused: told once when a chunk cannot be sent. The handler is not stopped for it, for the other ranks would go
+        on_refused: told once, with the seq, when a chunk cannot be sent. The handler is not stopped for it, for the other ranks would go
             on: it takes its steps, without chunks, to its end or until the server cancels the stream on all ranks.
 
     Attributes:
@@ -64,7 +64,7 @@ class Chunks(ABC):
         seq: int,
         count: int,
         granted: int,
-        on_refused: Callable[[Refused], None],
+        on_refused: Callable[[Refused, int], None],
     ) -> None:
         self._connection = connection
         self._context = context
@@ -138,7 +138,7 @@ class Chunks(ABC):
             return [encode(self._context, index, chunk) for index, chunk in enumerate(chunks()) if chunk is not None]
         except Refused as refusal:
             self.refused = True
-            self._on_refused(refusal)
+            self._on_refused(refusal, self._seq)
             return []
 
     def _send_step(self, encoded: list[tuple[Answer, Buffer]]) -> None:
@@ -166,7 +166,7 @@ class Stream(Chunks):
         count: int,
         granted: int,
         answering: bool,
-        on_refused: Callable[[Refused], None],
+        on_refused: Callable[[Refused, int], None],
     ) -> None:
         super().__init__(connection, context, seq, count, granted, on_refused)
         self._inbox = inbox

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import asyncio
 import copy
-import functools
 import inspect
 import sys
 import time
@@ -50,7 +49,7 @@ class TaskStream(Chunks):
         seq: int,
         count: int,
         granted: int,
-        on_refused: Callable[[Refused], None],
+        on_refused: Callable[[Refused, int], None],
     ) -> None:
         super().__init__(connection, context, seq, count, granted, on_refused)
         self._kept: deque[list[tuple[Answer, Buffer]]] = deque()
@@ -115,7 +114,6 @@ class Tasks:
     Args:
         context: the one that the handler was loaded with; each batch gets a copy.
         parse: see `decode_batch`.
-        on_time: told how many seconds a batch took, and its context; None if nobody asks.
     """
 
     def __init__(
@@ -126,7 +124,6 @@ class Tasks:
         handler: Handler,
         context: Context,
         parse: bool,
-        on_time: Callable[[float, Context], None] | None,
     ) -> None:
         self._connection = connection
         self._slot = slot
@@ -134,7 +131,6 @@ class Tasks:
         self._handler = handler
         self._context = context
         self._parse = parse
-        self._on_time = on_time
         self._last_seq = 0
         self._finished = 0
         self._batches: dict[int, tuple[asyncio.Task[None], TaskStream]] = {}
@@ -205,8 +201,8 @@ class Tasks:
         batch = unpack(Batch, frame.meta)
         context = copy.deepcopy(self._context)
         context.begin_batch(batch.requests)
-        refused = functools.partial(self._outbox.refused, seq=frame.seq, kind="chunk")
-        stream = TaskStream(self._connection, context, frame.seq, len(batch.requests), batch.grant, refused)
+        count, refused = len(batch.requests), self._outbox.refused_chunk
+        stream = TaskStream(self._connection, context, frame.seq, count, batch.grant, refused)
         context.stream = stream
         task = asyncio.get_running_loop().create_task(self._run(frame, batch, context, stream))
         self._batches[frame.seq] = task, stream
@@ -228,17 +224,15 @@ class Tasks:
         assert self._end is not None
         seq, count = frame.seq, len(batch.requests)
         streaming.set_current_of_task(stream)
+        began = time.monotonic()
         try:
             if frame.flags & PROBE:
                 answers: object = run_probe(self._handler)
             else:
-                began = time.monotonic()
                 data = decode_batch(batch, frame.body, self._parse)
                 answers = await _collect(self._handler.handle(data, context), stream)
                 await stream.sent()
-                if self._on_time is not None:
-                    self._on_time(time.monotonic() - began, context)
-            self._outbox.answer(answers, stream, context, seq, count)
+            self._outbox.answer(answers, stream, context, seq, count, time.monotonic() - began)
         except Disconnected:
             raise
         except Refused as refusal:

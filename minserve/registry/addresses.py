@@ -51,6 +51,7 @@ def check_address(host: str, address: str) -> None:
 
     Raises:
         Forbidden: it is a private, loopback, link-local or other special address.
+        ValueError: it is none in its usual form.
     """
     ip = ipaddress.ip_address(address.partition("%")[0])
     if isinstance(ip, ipaddress.IPv6Address):  # an IPv4 address may hide in it
@@ -65,12 +66,8 @@ def check_address(host: str, address: str) -> None:
 
 
 def is_ip(host: str) -> bool:
-    """Whether a host is an address already, which nothing resolves."""
-    try:
-        ipaddress.ip_address(host)
-    except ValueError:
-        return False
-    return True
+    """Whether a host is an address already, or what aiohttp takes for one (`127.1`, say), which nothing resolves."""
+    return ":" in host or host.replace(".", "").isdigit()
 
 
 class CheckedResolver(AbstractResolver):

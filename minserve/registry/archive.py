@@ -181,6 +181,8 @@ class _Target:
         with open(descriptor, "wb") as file:
             while chunk := content.read(_CHUNK):
                 self._count_bytes(len(chunk))
+                if os.fstat(descriptor).st_nlink == 0:  # the server stops, which shall not wait for the rest
+                    raise _Refused("was removed while it was unpacked")
                 file.write(chunk)
 
     def _inside(self, name: str) -> Path:

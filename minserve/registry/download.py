@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+import fcntl
 import logging
 import os
 import re
 import secrets
 import stat
 from collections.abc import AsyncIterator, Sequence
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from pathlib import Path
 from typing import BinaryIO
 from urllib.parse import unquote, urlsplit
@@ -26,6 +27,7 @@ _TIMEOUT = aiohttp.ClientTimeout(total=3600.0, sock_connect=30.0, sock_read=60.0
 _MOST_REDIRECTS = 5
 _CHUNK = 1024 * 1024
 _FILE_NAME = re.compile(r"\w[\w.+\- ]{0,199}")
+_PART_NAME = re.compile(r"\..+\.[0-9a-f]{8}\.part")
 _REDIRECTS = (301, 302, 303, 307, 308)
 
 logger = logging.getLogger(__name__)
@@ -38,10 +40,10 @@ def in_store(url: str, store: Path) -> Path | None:
         ModelNotFound: it is in the store and is not there.
     """
     _check_path(url)
-    path = _local(url)
-    if path is None or not path.is_relative_to(os.path.abspath(store)):
+    path, folder = _local(url), Path(os.path.abspath(store))
+    if path is None or not path.is_relative_to(folder):
         return None
-    if not path.exists():
+    if path == folder or not os.path.exists(path):
         raise ModelNotFound(f"Model not found at: {url}")
     return path
 
@@ -75,8 +77,10 @@ async def fetch(url: str, store: Path, allowed_urls: Sequence[str], limit: int =
     target, part = store / name, store / f".{name}.{secrets.token_hex(4)}.part"  # `load_models=all` passes over a dot
     try:
         _check_free(target)
+        await asyncio.to_thread(remove_abandoned, store)
         # A file object has a lock: closing it when this call is cancelled waits for the thread that writes.
         with os.fdopen(os.open(part, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600), "wb") as file:
+            fcntl.flock(file, fcntl.LOCK_EX)
             try:
                 if (path := _local(url)) is not None:
                     await asyncio.to_thread(_copy, path, file, limit)
@@ -87,7 +91,8 @@ async def fetch(url: str, store: Path, allowed_urls: Sequence[str], limit: int =
                 raise _not_allowed(url) from None
             except (aiohttp.ClientError, TimeoutError, ValueError) as error:
                 raise _failed(url, str(error) or type(error).__name__) from None
-        _put(part, target)
+            file.flush()
+            _put(part, target)
     except FileExistsError:
         raise NotSaved(f"Model file already exists {name}") from None
     except OSError as error:
@@ -97,6 +102,17 @@ async def fetch(url: str, store: Path, allowed_urls: Sequence[str], limit: int =
         part.unlink(missing_ok=True)
     logger.info("%s: fetched to %s", url, target)
     return target
+
+
+def remove_abandoned(store: Path) -> None:
+    """Removes what a server had fetched of an archive before it was killed: whoever still fetches has a lock on it."""
+    for part in store.glob(".*.part"):
+        if _PART_NAME.fullmatch(part.name) is None or not part.is_file():
+            continue
+        with suppress(OSError), part.open("rb") as file:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            part.unlink()
+            logger.info("%s: removed, a server that was killed has left it", part)
 
 
 def _check_path(url: str) -> None:

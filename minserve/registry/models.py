@@ -24,6 +24,7 @@ from minserve.errors import (
 )
 from minserve.registry.catalogue import Catalogue
 from minserve.registry.fetching import obtain
+from minserve.registry.numbers import MOST_WORKERS
 from minserve.registry.reading import Source, ValidModel, discard, read_model, validate_model
 from minserve.registry.registration import Registration
 from minserve.registry.served import ServedModel
@@ -115,13 +116,15 @@ class Registry:
         With `fewest` 0 it has none, and requests are refused. On GPUs there are no more groups than fit, as with TorchServe.
 
         Raises:
-            BadRequest: `most` is below `fewest`, or one is below 0.
+            BadRequest: `most` is below `fewest`, or one is below 0, or `fewest` is beyond reason.
             ModelNotFound, ModelVersionNotFound: there is no such model.
             Draining: the server is stopping.
         """
         if fewest < 0 or most < fewest:
             text = "max_worker cannot be less than min_worker." if fewest >= 0 else "min_worker cannot be less than 0."
             raise BadRequest(text)
+        if fewest > MOST_WORKERS:
+            raise BadRequest(f"min_worker: found {fewest}, allowed: at most {MOST_WORKERS}")
         self.find(name, version)
         return await self._change(self._scale(name, version, fewest, most))
 

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 from minserve.config.keys import ParallelType
 from minserve.config.lenient import settle_devices
-from minserve.config.problems import Problem, raise_errors
+from minserve.config.problems import Problem, describe_value, raise_errors
 from minserve.worker.devices import check_devices, groups_that_fit
 
 if TYPE_CHECKING:
@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from minserve.registry.registration import Registration
     from minserve.worker.devices import Inventory
 
+MOST_WORKERS = 1000  # at the fewest; each is a process at least, and more were never meant
 _OF_MODELS = {  # the `models` option: the key in it, and the attribute of the configuration
     "batchSize": "batch_size",
     "maxBatchDelay": "max_batch_delay",
@@ -63,7 +64,7 @@ def resolve_numbers(
         lenient: what the devices cannot give is a warning where TorchServe can live with it.
 
     Raises:
-        ConfigError: there are too few devices.
+        ConfigError: there are too few devices, or too many workers.
     """
     configured = _configured(options, read.name, version)
     config = _asked_for(read.config, registration, configured)
@@ -79,6 +80,8 @@ def resolve_numbers(
         hint = f"{fit} are started, there are {len(inventory)} device(s)"
         warnings.append(Problem(read.document.file, None, "workers", found, allowed, hint, "warning"))
         config, workers = config.model_copy(update={"min_workers": fit, "max_workers": fit}), fit
+    if workers > MOST_WORKERS:
+        raise_errors([Problem(read.document.file, None, "workers", describe_value(workers), f"at most {MOST_WORKERS}")])
     return Numbers(config, world_size, workers, tuple(warnings))
 
 

@@ -7,6 +7,7 @@ import contextlib
 import importlib.util
 import logging
 import os
+import shutil
 import signal
 import site
 import sys
@@ -22,12 +23,14 @@ logger = logging.getLogger(__name__)
 
 
 async def install_requirements(
-    model: str, requirements: Path, into: Path | None = None, python: Path | None = None
+    model: str, requirements: Path, own: Path, into: Path | None = None, python: Path | None = None
 ) -> None:
     """Installs what a requirements file lists, with TorchServe's options of pip. Cancelling it ends pip.
 
     Args:
         model: its name, for messages.
+        own: the model's folder in the server's directory. What pip needs meanwhile is in it, so that nothing is left
+            whoever is killed.
         into: the folder that the packages are put into, where the handler finds them.
         python: the interpreter of the model's own environment, which gets the packages instead.
 
@@ -38,7 +41,7 @@ async def install_requirements(
     pip = ["-m", "pip", "install", "--disable-pip-version-check", "--no-input", "-U", *place, "-r", str(requirements)]
     began = time.monotonic()
     logger.info("%s: installing the packages of %s", model, requirements.name)
-    failure = await _run([str(python or sys.executable), *pip], requirements.parent)
+    failure = await _run([str(python or sys.executable), "-P", *pip], requirements.parent, own)
     if failure is not None:
         logger.error("%s: the packages of %s cannot be installed: %s", model, requirements.name, failure)
         raise PackagesFailed(f"Custom pip package installation failed for model {model}")
@@ -49,7 +52,7 @@ async def make_venv(model: str, directory: Path) -> Path:
     """Makes a virtual environment in which the server's own packages can be imported, unless it has other versions of them.
 
     Args:
-        directory: a path that is not there yet.
+        directory: a path that is not there yet, in the model's folder in the server's directory.
 
     Returns:
         Its interpreter.
@@ -59,7 +62,7 @@ async def make_venv(model: str, directory: Path) -> Path:
     """
     # With the server's pip an environment is there in a tenth of the time.
     pip = ["--without-pip"] if importlib.util.find_spec("pip") is not None else []
-    failure = await _run([sys.executable, "-m", "venv", *pip, str(directory)], directory.parent)
+    failure = await _run([sys.executable, "-P", "-m", "venv", *pip, str(directory)], directory.parent, directory.parent)
     if failure is None:
         try:
             await asyncio.to_thread(_add_own_packages, directory)
@@ -83,11 +86,21 @@ def _add_own_packages(directory: Path) -> None:
     (packages / "_server_packages.pth").write_text("".join(lines))
 
 
-async def _run(command: list[str], folder: Path) -> str | None:
-    """Runs a program to its end. None if it went well, else its status and the end of its output."""
+async def _run(command: list[str], folder: Path, own: Path) -> str | None:
+    """Runs a program to its end. None if it went well, else its status and the end of its output.
+
+    Args:
+        folder: its current folder. Python looks for modules there (`-P`: not), and a model may have a `queue.py`.
+        own: see `install_requirements`. Its name in the environment lets the guardian end it after a server that was killed.
+    """
+    temporary = own / "tmp"
+    try:
+        temporary.mkdir(exist_ok=True)
+    except OSError as error:
+        return str(error)
     starting = asyncio.create_task(
         asyncio.create_subprocess_exec(
-            *command,
+            *("env", f"MINSERVE_DIRECTORY={own}", f"TMPDIR={temporary}", *command),
             stdin=asyncio.subprocess.DEVNULL,
             stdout=asyncio.subprocess.PIPE,
             stderr=asyncio.subprocess.STDOUT,
@@ -110,4 +123,6 @@ async def _run(command: list[str], folder: Path) -> str | None:
             os.killpg(process.pid, signal.SIGKILL)
         await process.wait()
         raise
+    finally:
+        await asyncio.to_thread(shutil.rmtree, temporary, ignore_errors=True)
     return None if status == 0 else f"status {status}\n{kept.decode(errors='replace').strip()}"

@@ -106,13 +106,13 @@ async def _with_packages(model: ValidModel, options: ServerOptions, own: Path | 
         python = await make_venv(spec.name, own / "venv")
         model = dataclasses.replace(model, spec=dataclasses.replace(spec, python=str(python)))
     if model.requirements is not None and options.install_py_dep_per_model:
-        if python is None and own is None:
+        if own is None:
             raise ConfigError(
                 f"{model.requirements}: packages are not installed into a folder of the store, which is nobody's to change; "
                 "with useVenv: true the model gets an environment of its own"
             )
         into = spec.model_dir if python is None else None
-        await install_requirements(spec.name, model.requirements, into, python)
+        await install_requirements(spec.name, model.requirements, own, into, python)
     return model
 
 

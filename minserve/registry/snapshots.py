@@ -18,11 +18,15 @@ from typing import TYPE_CHECKING
 
 import javaproperties
 
+from minserve.config.keys import LARGEST
 from minserve.config.problems import describe_value
 from minserve.errors import ConfigError, MinServeError, StartupError
+from minserve.registry.archive import is_archive
 from minserve.registry.fetching import obtain
-from minserve.registry.reading import read_model
+from minserve.registry.numbers import MOST_WORKERS
+from minserve.registry.reading import Source, read_model
 from minserve.registry.registration import Registration
+from minserve.registry.store import Location
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
@@ -51,10 +55,19 @@ class Entry:
 
 
 def newest(folder: Path) -> Path | None:
-    """The newest snapshot of a folder; files of other names are none of ours."""
-    if not folder.is_dir():
+    """The newest snapshot of a folder; files of other names are none of ours.
+
+    Raises:
+        StartupError: the folder may not be read.
+    """
+    try:
+        names = os.listdir(folder)
+    except (FileNotFoundError, NotADirectoryError):
         return None
-    return max((file for file in folder.iterdir() if _NAME.fullmatch(file.name)), default=None, key=lambda f: f.name)
+    except OSError as error:
+        raise StartupError(f"{folder}: the snapshots cannot be read: {error.strerror}") from None
+    found = max(filter(_NAME.fullmatch, names), default=None)
+    return folder / found if found is not None else None
 
 
 def parse(text: str) -> list[Entry]:
@@ -68,26 +81,27 @@ def parse(text: str) -> list[Entry]:
         return [
             _entry(name, version, values) for name, versions in models.items() for version, values in versions.items()
         ]
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise StartupError(f"{KEY}: found {describe_value(text)}, allowed: what a snapshot holds: {error!r}") from None
 
 
 def _entry(name: str, version: str, values: Mapping[str, object]) -> Entry:
-    def number(key: str) -> int:
+    def number(key: str, least: int = 0, most: int = LARGEST) -> int:
         value = values[key]
-        if not isinstance(value, int) or isinstance(value, bool):
-            raise TypeError(f"{name}, version {version}: {key} is {value!r}")
+        if not isinstance(value, int) or isinstance(value, bool) or not least <= value <= most:
+            allowed = f"an integer from {least} to {most}"
+            raise ValueError(f"{name}, version {version}: {key} is {describe_value(value)}, allowed: {allowed}")
         return value
 
     registration = Registration(
         url=str(values["marName"]),
         name=name,
-        batch_size=number("batchSize"),
+        batch_size=number("batchSize", least=1),
         max_batch_delay=number("maxBatchDelay"),
         response_timeout=float(number("responseTimeout")),
         startup_timeout=float(number("startupTimeout")) if "startupTimeout" in values else None,
     )
-    fewest = number("minWorkers")
+    fewest = number("minWorkers", most=MOST_WORKERS)
     return Entry(registration, version, values["defaultVersion"] is True, fewest, max(fewest, number("maxWorkers")))
 
 
@@ -106,7 +120,8 @@ async def restore(
 async def _read(entry: Entry, options: ServerOptions, inventory: Inventory, runtime: RuntimeDirectory) -> ValidModel:
     asked = entry.registration
     try:
-        model = await read_model(await obtain(asked, options), options, inventory, runtime)
+        source = _elsewhere(asked) or await obtain(asked, options)
+        model = await read_model(source, options, inventory, runtime)
     except (ConfigError, MinServeError) as error:
         raise StartupError(f"the snapshot cannot be restored: model {asked.name}, {asked.url}: {error}") from None
     if model.spec.version != entry.version:
@@ -118,16 +133,27 @@ async def _read(entry: Entry, options: ServerOptions, inventory: Inventory, runt
     return dataclasses.replace(model, spec=dataclasses.replace(model.spec, config=config), workers=entry.fewest)
 
 
+def _elsewhere(asked: Registration) -> Source | None:
+    """What was served from outside the store, and so may be again."""
+    path = Path(asked.url)
+    found = path.is_absolute() and (path.is_dir() or is_archive(path))
+    return Source(Location(path, asked.name, asked.url), asked) if found else None
+
+
 class Snapshots:
     """Writes snapshots into a folder.
 
     Args:
+        store: the model store, whose files and folders stand there by name, all others by path.
         properties: the configuration that the server was started with; stands in each of them.
         now: seconds since the epoch.
     """
 
-    def __init__(self, folder: Path, properties: Mapping[str, str], now: Callable[[], float] = time.time) -> None:
+    def __init__(
+        self, folder: Path, store: Path, properties: Mapping[str, str], now: Callable[[], float] = time.time
+    ) -> None:
         self._folder = folder
+        self._store = Path(os.path.abspath(store))
         self._properties = properties
         self._now = now
 
@@ -137,33 +163,34 @@ class Snapshots:
         stamp = time.strftime("%Y%m%d%H%M%S", time.localtime(moment)) + f"{int(moment * 1000) % 1000:03d}"
         file = self._folder / f"{stamp}-{kind}.cfg"
         text = javaproperties.dumps(
-            {**self._properties, KEY: json.dumps(_describe(registry, file.name, moment), indent=2)},
+            {**self._properties, KEY: json.dumps(self._describe(registry, file.name, moment), indent=2)},
             separator="=",
             comments="Saving snapshot",
         )
         part = file.with_name(f".{file.name}")
         try:
             self._folder.mkdir(parents=True, exist_ok=True)
-            part.write_text(text, encoding="latin-1")  # everything else is escaped
+            descriptor = os.open(part, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)  # keystore_pass
+            with open(descriptor, "w", encoding="latin-1") as opened:  # everything else is escaped
+                opened.write(text)
             os.replace(part, file)
         except OSError as error:
             logger.error("no snapshot is written: %s: %s", file, error.strerror)
 
-
-def _describe(registry: Registry, name: str, moment: float) -> dict[str, object]:
-    models: dict[str, dict[str, object]] = {}
-    for served in registry.models():
-        spec, config = served.spec, served.spec.config
-        models.setdefault(spec.name, {})[spec.version] = {
-            "defaultVersion": served.is_default,
-            "marName": spec.url if Path(spec.url).is_absolute() else Path(spec.url).name,
-            "minWorkers": served.workers,
-            "maxWorkers": config.max_workers_or(served.workers),
-            "batchSize": config.batch_size,
-            "maxBatchDelay": config.max_batch_delay,
-            "responseTimeout": int(spec.response_timeout),
-            "startupTimeout": int(spec.startup_timeout),
-            "runtimeType": spec.runtime,
-            **({"parallelLevel": spec.world_size} if config.is_parallel else {}),
-        }
-    return {"name": name, "modelCount": len(models), "created": int(moment * 1000), "models": models}
+    def _describe(self, registry: Registry, name: str, moment: float) -> dict[str, object]:
+        models: dict[str, dict[str, object]] = {}
+        for served in registry.models():
+            spec, config, path = served.spec, served.spec.config, served.source.location.path
+            models.setdefault(spec.name, {})[spec.version] = {
+                "defaultVersion": served.is_default,
+                "marName": path.name if path.parent == self._store else str(path),
+                "minWorkers": served.workers,
+                "maxWorkers": config.max_workers_or(served.workers),
+                "batchSize": config.batch_size,
+                "maxBatchDelay": config.max_batch_delay,
+                "responseTimeout": int(spec.response_timeout),
+                "startupTimeout": int(spec.startup_timeout),
+                "runtimeType": spec.runtime,
+                **({"parallelLevel": spec.world_size} if config.is_parallel else {}),
+            }
+        return {"name": name, "modelCount": len(models), "created": int(moment * 1000), "models": models}

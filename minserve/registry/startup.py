@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 from minserve.errors import ConfigError, MinServeError, StartupError
 from minserve.registry.archive import is_archive
+from minserve.registry.download import remove_abandoned
 from minserve.registry.fetching import obtain
 from minserve.registry.reading import Source, discard, read_model
 from minserve.registry.registration import Registration
@@ -37,6 +38,7 @@ async def read_models(
         return await restore(parse(options.model_snapshot), options, inventory, runtime), {}
     models: list[ValidModel] = []
     broken: dict[str, ConfigError] = {}
+    await asyncio.to_thread(remove_abandoned, Path(options.model_store))
     for location in await asyncio.to_thread(locate, Path(options.model_store), options.load_models, options.lenient):
         called = location.name or location.file_name
         try:

@@ -99,16 +99,17 @@ def find_model(store: Path, url: str, allowed_urls: Sequence[str]) -> Path:
 
 
 def _found(store: Path, url: str, allowed_urls: Sequence[str]) -> Path:
-    in_store = store / (Path(url).name or ".")
-    if in_store.is_file() and is_archive(in_store):
+    name = Path(url).name  # "" of `.`, which would be the store itself, and that is no model
+    in_store = store / name
+    if name and in_store.is_file() and is_archive(in_store):
         return Path(os.path.abspath(in_store))
     folder = Path(url)
     if folder.is_absolute() and folder.is_dir():
-        inside = Path(os.path.abspath(folder)).is_relative_to(os.path.abspath(store))
+        inside = Path(os.path.abspath(store)) in Path(os.path.abspath(folder)).parents
         if not inside and not any(re.fullmatch(one, f"file://{url}", re.IGNORECASE) for one in allowed_urls):
             raise ModelNotFound(f"Given URL {url} does not match any allowed URL(s)")
         return folder
-    if in_store.is_dir() and in_store.name:
+    if name and in_store.is_dir():
         return Path(os.path.abspath(in_store))
     raise ModelNotFound(f"Model not found at: {url}")
 

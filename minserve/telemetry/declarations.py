@@ -72,6 +72,7 @@ DISK_AVAILABLE = Declaration("DiskAvailable", "gauge", "Gigabytes", _HOST)
 GPU_MEMORY = Declaration("GPUMemoryUtilization", "gauge", "Percent", _DEVICE)
 GPU_MEMORY_USED = Declaration("GPUMemoryUsed", "gauge", "Megabytes", _DEVICE)
 GPU = Declaration("GPUUtilization", "gauge", "Percent", _DEVICE)
+PREDICTION_TIME = Declaration("PredictionTime", "gauge", "ms", _MODEL)
 
 DEFAULT = Declarations(
     server=(
@@ -82,7 +83,7 @@ DEFAULT = Declarations(
     ),
     model=(
         Declaration("HandlerTime", "gauge", "ms", _MODEL),
-        Declaration("PredictionTime", "gauge", "ms", _MODEL),
+        PREDICTION_TIME,
     ),
 )
 LEGACY = frozenset({INFERENCES.name, LATENCY.name, QUEUE_LATENCY.name})  # what mode legacy has for Prometheus

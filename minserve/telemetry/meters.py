@@ -10,7 +10,15 @@ import time
 from functools import cached_property
 from typing import TYPE_CHECKING
 
-from minserve.telemetry.declarations import INFERENCES, LATENCY, LOAD_TIME, QUEUE_LATENCY, QUEUE_TIME, THREAD_TIME
+from minserve.telemetry.declarations import (
+    INFERENCES,
+    LATENCY,
+    LOAD_TIME,
+    PREDICTION_TIME,
+    QUEUE_LATENCY,
+    QUEUE_TIME,
+    THREAD_TIME,
+)
 from minserve.telemetry.metrics import HOST, Metrics
 from minserve.telemetry.series import Histogram
 
@@ -103,6 +111,10 @@ class ModelMeters:
         self.rank0.record_many(replied - written, count)
         self._thread_time.record(overhead * 1e3)
 
+    def handled(self, seconds: float, request_ids: Iterable[str]) -> None:
+        """Rank 0 was so long in `handle` for a batch of these requests."""
+        self._prediction_time.record(round(seconds * 1e3, 2), ",".join(request_ids))
+
     def answered(self, named: bool, arrived: float, sent: float, now: float) -> None:
         """A request has its whole answer, which is no error."""
         series = self._named if named else self._unnamed
@@ -125,6 +137,10 @@ class ModelMeters:
     @cached_property
     def _thread_time(self) -> Series:
         return self._metrics.of_server(THREAD_TIME, HOST)
+
+    @cached_property
+    def _prediction_time(self) -> Series:
+        return self._metrics.of_rank0(PREDICTION_TIME, self._model, "Model")
 
     @cached_property
     def _queue_time(self) -> Series:

@@ -111,6 +111,10 @@ class Metrics:
         """Records what a rank has sent. What cannot be taken is told once, and dropped."""
         self._handlers.record(rank, values)
 
+    def of_rank0(self, declaration: Declaration, *values: str) -> Series:
+        """The series of what the server records for rank 0, to be kept. Dropped where metrics_config has no such gauge."""
+        return self._handlers.gauge(declaration.name, tuple(zip(declaration.dimensions, values, strict=True)))
+
     # ── for Prometheus ──
 
     def text(self, names: Collection[str] = ()) -> str:

@@ -12,12 +12,13 @@ from typing import TYPE_CHECKING, Protocol
 
 from minserve.telemetry.declarations import HOSTNAME, KINDS, Declaration
 from minserve.telemetry.lines import Logged
+from minserve.telemetry.series import Nothing
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Container, Iterable, Sequence
 
     from minserve.telemetry.declarations import Kind
-    from minserve.telemetry.series import Family, Labels
+    from minserve.telemetry.series import Family, Labels, Series
 
 # A handler that puts a request's id into a label makes a series with each request. So many are borne.
 MOST_SERIES = 10_000
@@ -89,30 +90,40 @@ class HandlerMetrics:
         self._hostname = hostname
         self._complaints = complaints
         self._metrics = {one.name: self._metric(one) for one in declared}
+        self._declared = frozenset(self._metrics)
         self._series = 0
 
     def record(self, rank: int, values: Iterable[Recorded]) -> None:
         """Records what a rank has sent. What cannot be taken is told once, and dropped."""
         for value in values:
             metric = self._metrics.get(value.name) or self._detected(value)
-            if metric is None or (labels := self._labels(rank, value, metric.declaration)) is None:
+            if metric is None or (labels := self._labels(rank, value.name, value.dimensions, metric.declaration)) is None:
                 continue
-            if isinstance(metric, Logged):
+            if metric.declaration.kind == "counter" and not value.value >= 0:
+                what = f"is declared a counter and cannot grow by {value.value:g}"
+                self._complaints.tell(value.name, what, "value")
+            elif isinstance(metric, Logged):
                 metric.log(labels, value.value, value.request_id, value.at)
             elif self._has_room(metric, labels):
                 metric.series(labels).record(value.value)
 
-    def _labels(self, rank: int, value: Recorded, declared: Declaration) -> Labels | None:
-        """The declared labels with the value's, as with TorchServe, and behind them whose it is."""
-        names, given = declared.dimensions[:-1], _once_each(value.dimensions)
+    def gauge(self, name: str, dimensions: Labels) -> Series:
+        """The series of a gauge of rank 0 that somebody else records. One that is not declared as such is dropped."""
+        metric = self._metrics.get(name) if name in self._declared else None
+        if metric is None or metric.declaration.kind != "gauge":
+            return Nothing()
+        labels = self._labels(0, name, dimensions, metric.declaration)
+        if labels is None or not (isinstance(metric, Logged) or self._has_room(metric, labels)):
+            return Nothing()
+        return metric.series(labels)
+
+    def _labels(self, rank: int, metric: str, dimensions: Labels, declared: Declaration) -> Labels | None:
+        """The declared labels with those of a value, as with TorchServe, and behind them whose it is."""
+        names, given = declared.dimensions[:-1], _once_each(dimensions)
         if len(names) != len(given):
             found = [name for name, _ in given[:MOST_LABELS]]
             what = f"has the dimensions {found}, declared are {list(declared.dimensions)}"
-            self._complaints.tell(value.name, what, "dimensions")
-            return None
-        if declared.kind == "counter" and not value.value >= 0:
-            what = f"is declared a counter and cannot grow by {value.value:g}"
-            self._complaints.tell(value.name, what, "value")
+            self._complaints.tell(metric, what, "dimensions")
             return None
         labels = tuple((name, text[:LONGEST_LABEL]) for name, (_, text) in zip(names, given, strict=True))
         if rank:

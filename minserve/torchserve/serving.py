@@ -6,6 +6,7 @@ import asyncio
 import functools
 import logging
 import sys
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import uvloop
@@ -15,7 +16,7 @@ from minserve.registry.snapshots import Snapshots
 from minserve.server import Server
 from minserve.telemetry import torchserve_logs
 from minserve.telemetry.torchserve_workers import WorkerLines
-from minserve.torchserve.pidfile import claim, release
+from minserve.torchserve.pidfile import claimed
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -53,15 +54,20 @@ def serve(settings: Settings, environ: Mapping[str, str]) -> int:
             options.log_level, settings.logs, settings.metrics, options.log_max_bytes, options.log_files
         )
     except OSError as error:
-        print(f"LOG_LOCATION {settings.logs}: {error.strerror}", file=sys.stderr)
+        where = error.filename or settings.logs
+        print(f"{where}: {error.strerror}; LOG_LOCATION and METRICS_LOCATION choose others", file=sys.stderr)
         return 1
-    snapshots = Snapshots(settings.snapshots, settings.properties) if settings.snapshots is not None else None
+    snapshots = None
+    if settings.snapshots is not None:
+        snapshots = Snapshots(settings.snapshots, Path(options.model_store), settings.properties)
     failed = False
     try:
+        if settings.restored is not None:
+            logger.info("models are restored from %s; --no-config-snapshots starts without it", settings.restored)
         for warning in settings.warnings:
             logger.warning("%s", warning)
-        claim()
-        uvloop.run(run())
+        with claimed():
+            uvloop.run(run())
     except MinServeError as error:
         failed = True
         logger.error("%s", error)
@@ -69,6 +75,5 @@ def serve(settings: Settings, environ: Mapping[str, str]) -> int:
         failed = True
         logger.error("%s: %s", error.filename or "the server ends", error.strerror)
     finally:
-        release()
         logs.close()
     return int(failed)

@@ -26,12 +26,14 @@ class Settings:
     Attributes:
         properties: those of the configuration file and of the command line, for snapshots.
         snapshots: where they are kept; None: not at all.
+        restored: the snapshot that is the configuration; None: it is none.
         warnings: what of the configuration has no effect.
     """
 
     options: ServerOptions
     properties: Mapping[str, str]
     snapshots: Path | None
+    restored: Path | None
     logs: Path
     metrics: Path
     warnings: tuple[str, ...]
@@ -50,8 +52,8 @@ def read_settings(given: argparse.Namespace, environ: Mapping[str, str]) -> Sett
     file = Path(chosen) if chosen else None
     if file is not None and not file.is_file():
         raise StartupError(f"--ts-config file not found: {file}")
-    if file is None and snapshots is not None:
-        file = newest(snapshots)
+    restored = newest(snapshots) if file is None and snapshots is not None else None
+    file = file or restored
     if file is None and Path(CONFIG_FILE).is_file():
         file = Path(CONFIG_FILE)
     asked: dict[str, object] = {"access_log": True}
@@ -64,10 +66,12 @@ def read_settings(given: argparse.Namespace, environ: Mapping[str, str]) -> Sett
     if given.enable_model_api:
         asked["enable_model_api"] = True
     read = read_properties(file, asked, environ)
+    if restored is not None and not read.options.model_snapshot:
+        raise StartupError(f"{restored}: the newest snapshot holds no models; remove it, or use --no-config-snapshots")
     if not Path(read.options.model_store).is_dir():
         raise StartupError(f"--model-store directory not found: {read.options.model_store}")
     ignored = [
         name for name in ("log_config", "cpp_log_config", "plugins_path", "workflow_store") if getattr(given, name)
     ]
     warnings = [f"--{name.replace('_', '-')} has no effect here" for name in ignored]
-    return Settings(read.options, read.properties, snapshots, logs, metrics, (*read.warnings, *warnings))
+    return Settings(read.options, read.properties, snapshots, restored, logs, metrics, (*read.warnings, *warnings))

@@ -96,10 +96,16 @@ class Answer(Message):
 
 
 class Answers(Message):
-    """Meta of REPLY and CHUNK. `step` counts a stream's steps from 1; a REPLY ends the batch."""
+    """Meta of REPLY and CHUNK. A REPLY ends the batch.
+
+    Attributes:
+        step: counts a stream's steps from 1.
+        seconds: that rank 0 spent in `handle`, in a REPLY. As a METRICS frame it would be half the work of a small batch.
+    """
 
     answers: tuple[Answer, ...]
     step: int = 0
+    seconds: float = 0.0
 
 
 class Metric(Message):

@@ -233,9 +233,11 @@ class Broadcast:
             self._reply(batch, self._whole_answers(batch, frame))
 
     def _whole_answers(self, batch: Outstanding, frame: Frame) -> list[tuple[Answer, Buffer]]:
-        answers = self._answers(batch, unpack(Answers, frame.meta).answers, frame)
+        meta = unpack(Answers, frame.meta)
+        answers = self._answers(batch, meta.answers, frame)
         if len(answers) != len(batch.requests):
             raise WireError(f"REPLY with {len(answers)} answers to a batch of {len(batch.requests)}")
+        batch.seconds = meta.seconds
         return answers
 
     def _reply(self, batch: Outstanding, answers: list[tuple[Answer, Buffer]]) -> None:
@@ -243,13 +245,15 @@ class Broadcast:
             self._out_of_step(batch)
             return
         meters, replied = self._meters, self._meters.now()
+        counts = bool(batch.requests) and batch.requests[0].meta.operation != DESCRIBE  # which travels alone
         for request, (answer, body) in zip(batch.requests, answers, strict=True):
-            if request.meta.operation != DESCRIBE and not request.left:
+            if counts and not request.left:
                 meters.answered(request.named, request.entered, request.sent, replied)
             request.answer(answer, body)
         if batch.requests:
             overhead = batch.written - batch.began + meters.now() - replied
             meters.batch_answered(len(batch.requests), batch.written, replied, overhead)
+            meters.handled(batch.seconds, [request.meta.id for request in batch.requests])
         self._finish(batch)
 
     def _chunk(self, batch: Outstanding, frame: Frame) -> None:

@@ -1,6 +1,7 @@
 """The guardian: a small process that outlives a server that is killed, ends what its ranks have started, and tidies up.
 
-When the server dies the kernel ends every agent and every rank (PR_SET_PDEATHSIG), but nothing that these have started.
+When the server dies the kernel ends every agent and every rank (PR_SET_PDEATHSIG), but nothing that these have started, and
+no pip.
 The guardian holds the other end of a pipe, which tells it at once. It knows the server's processes by their environment.
 """
 
@@ -68,9 +69,9 @@ def main(directory: str, *others: str) -> None:
         signal.signal(number, signal.SIG_IGN)  # they are the server's, whose end this process is to see
     if os.read(0, 1):
         return
-    mark = b"\0MINSERVE_DIRECTORY=" + os.fsencode(directory) + b"/"
+    marks = [b"\0MINSERVE_DIRECTORY=" + os.fsencode(path) + b"/" for path in (directory, *others)]
     for _ in range(SWEEPS):
-        for pid in _carriers(mark):
+        for pid in _carriers(marks):
             try:
                 os.kill(pid, signal.SIGKILL)
             except ProcessLookupError:
@@ -83,14 +84,15 @@ def main(directory: str, *others: str) -> None:
         shutil.rmtree(path, ignore_errors=True)
 
 
-def _carriers(mark: bytes) -> list[int]:
+def _carriers(marks: list[bytes]) -> list[int]:
     pids = []
     for name in os.listdir("/proc"):
         try:
             if not name.isdigit() or os.stat(f"/proc/{name}").st_uid != os.getuid():
                 continue
             with open(f"/proc/{name}/environ", "rb") as file:
-                if mark in b"\0" + file.read():
+                environ = b"\0" + file.read()
+                if any(mark in environ for mark in marks):
                     pids.append(int(name))
         except OSError:
             continue

@@ -61,6 +61,7 @@ class Outstanding:
         on_passed: called when every rank is through a probe.
         held: rank 0's reply, while other ranks' DONE is waited for.
         began, written: on the meters' clock, when its sending began and when it was in every rank's socket or behind it.
+        seconds: that rank 0 was in `handle`.
     """
 
     seq: int
@@ -79,6 +80,7 @@ class Outstanding:
     done: set[int] = field(default_factory=set)
     began: float = 0.0
     written: float = 0.0
+    seconds: float = 0.0
 
     @property
     def waits_for_grant(self) -> bool:

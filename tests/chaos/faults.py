@@ -174,7 +174,7 @@ def _in_batch() -> list[Fault]:
               says=IN_STEP + "ValueError: told to fail on rank {rank}",
               fits=lambda model: model.faulty and model.handler == "pp", order={"moment": "stage"}),
         Fault("raises with a status of its own", at, "raise_coded", Who.ALL, 0, Limit.AT_ONCE, frozenset({418}),
-              IN_STEP + "told to be a teapot", _batch),
+              r"\Atold to be a teapot\Z", _batch),
         Fault("out of memory on all ranks", at, "raise_memory", Who.ALL, 0, Limit.AT_ONCE, frozenset({507}),
               IN_STEP + "MemoryError", _batch),
         Fault("too many answers", at, "bad_count", Who.ZERO, 0, Limit.AT_ONCE, says=IN_STEP + "answers", fits=_batch),

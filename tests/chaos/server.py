@@ -149,7 +149,7 @@ class ChaosServer:
         for process in self.processes():
             with contextlib.suppress(psutil.Error):
                 words = process.cmdline()
-                if _incarnation(process.pid) not in due and words[-1:] != [guardian]:
+                if _incarnation(process.pid) not in due and guardian not in words:
                     found.append(f"{process.pid} ({' '.join(words)[-80:]})")
         return found
 

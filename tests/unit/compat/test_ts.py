@@ -49,7 +49,7 @@ def test_the_streaming_function_sends_on_the_current_stream_and_elsewhere_is_a_n
 ) -> None:
     send = importlib.import_module("ts.handler_utils.utils").send_intermediate_predict_response
     connection, context = FakeConnection(), new_context(*requests(b"", b""))
-    stream = Stream(connection, Inbox(connection), FakeSlot(), context, 3, 2, 8, True, lambda refusal: None)
+    stream = Stream(connection, Inbox(connection), FakeSlot(), context, 3, 2, 8, True, lambda refusal, seq: None)
     send(["nobody"], {0: "r0"}, "ok", 200, context)
     monkeypatch.setattr(streaming, "_current", stream)
     send(["a"], {1: "r1"}, "ok", 200, context)

@@ -15,7 +15,8 @@ from minserve.frontend.parameters import Parameters, flag
         ("many", None, None),
         ("nan", None, None),
         ("1e400", None, None),
-        ("2147483648", None, 2147483648.0),
+        ("2147483647", 2147483647, 2147483647.0),
+        ("2147483648", None, None),
         (None, None, None),
     ],
 )
@@ -40,6 +41,8 @@ def test_another_value_of_json_is_an_error_that_names_the_key(value: bytes) -> N
     with pytest.raises(BadRequest) as caught:
         parameters.whole("batch_size", least=1)
     assert str(caught.value) == f"batch_size: found {value.decode()}, allowed: a whole number up to 2147483647"
+    with pytest.raises(BadRequest, match="startup_timeout: found 1e300, allowed: a number of seconds up to 2147483647"):
+        Parameters.of_json(b'{"startup_timeout": 1e300}').seconds("startup_timeout")
 
 
 def test_texts_and_flags_of_json_have_their_types() -> None:
@@ -62,6 +65,7 @@ def test_texts_and_flags_of_json_have_their_types() -> None:
         (b'{"url": "\xff"}', "the body is not JSON"),
         (b"[1]", r"the body: found \[1\], allowed: a JSON object"),
         (b'"%s"' % (b"x" * 500), "the body: found .{101}, allowed"),
+        (b'{"url":' + b"[" * 100_000, "the body is nested too deeply"),
     ],
 )
 def test_a_body_that_is_no_object_is_refused(body: bytes, message: str) -> None:

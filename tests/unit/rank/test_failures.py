@@ -161,6 +161,21 @@ def test_a_text_with_a_lone_surrogate_can_be_sent(kind: type[Exception]) -> None
     assert pack(Kind.ERROR, failure, seq=1)
 
 
+def test_torchscripts_own_traceback_stays_in_the_log() -> None:
+    text = (
+        "The following operation failed in the TorchScript interpreter.\nTraceback of TorchScript, serialized code (most "
+        'recent call last):\n  File "code/model.py", line 12, in forward\n    return torch.linear(x)\n'
+        "           ~~~~ <--- HERE\n"
+        "\nRuntimeError: shapes cannot be multiplied: 1x2\nand 3x2\n"
+    )
+    failure = describe(caught(RuntimeError(text)), 0, 1)
+    assert failure.text == (
+        "The following operation failed in the TorchScript interpreter: "
+        "RuntimeError: shapes cannot be multiplied: 1x2\nand 3x2"
+    )
+    assert "<--- HERE" in failure.traceback
+
+
 def test_long_texts_are_cut_where_they_tell_least() -> None:
     failure = describe(caught(ValueError("begin" + "x" * 10**6 + "end")), 0, 1)
     assert len(failure.text) == MAX_TEXT

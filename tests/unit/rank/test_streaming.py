@@ -46,7 +46,7 @@ class Streaming:
             count,
             granted,
             answering,
-            lambda refusal: self.refused.append(str(refusal)),
+            lambda refusal, seq: self.refused.append(str(refusal)),
         )
 
     @property

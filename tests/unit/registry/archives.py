@@ -1,8 +1,11 @@
 """Archives for the tests, as torch-model-archiver makes them."""
 
 import json
+import tempfile
 import zipfile
 from pathlib import Path
+
+from minserve.worker.runtime import RuntimeDirectory
 
 HANDLER = "def handle(data, context):\n    return [b'x'] * len(data or [])\n"
 
@@ -23,3 +26,8 @@ def make_mar(path: Path, files: dict[str, str] | None = None, **model: object) -
         for name, content in {"h.py": HANDLER, **(files or {})}.items():
             archive.writestr(name, content)
     return path
+
+
+def short_runtime(folder: Path) -> RuntimeDirectory:
+    """A runtime directory beside a test's own folder, whose name would make the addresses of sockets too long."""
+    return RuntimeDirectory({"MINSERVE_RUNTIME_DIR": tempfile.mkdtemp(prefix="r", dir=folder.parent)})

@@ -1,10 +1,18 @@
+import re
 import socket
 
 import pytest
 from aiohttp.abc import AbstractResolver, ResolveResult
 
 from minserve.errors import ConfigError
-from minserve.registry.addresses import CheckedResolver, Forbidden, check_address, matching_patterns, names_host
+from minserve.registry.addresses import (
+    CheckedResolver,
+    Forbidden,
+    check_address,
+    is_ip,
+    matching_patterns,
+    names_host,
+)
 
 
 def test_a_pattern_matches_the_whole_address_in_capitals_or_not() -> None:
@@ -76,6 +84,14 @@ class FakeResolver(AbstractResolver):
 
     async def close(self) -> None:
         pass
+
+
+def test_what_aiohttp_takes_for_an_address_and_does_not_resolve_is_looked_at_as_one() -> None:
+    for host in ("127.1", "2130706433", "017700000001", "127.0.0.1.", "0"):
+        assert is_ip(host)
+        with pytest.raises(ValueError, match=re.escape(host)):
+            check_address(host, host)
+    assert not is_ip("10.models.example")
 
 
 @pytest.mark.asyncio

@@ -1,5 +1,6 @@
 import gzip
 import io
+import shutil
 import stat
 import struct
 import tarfile
@@ -195,6 +196,13 @@ def test_what_is_no_archive_says_so(tmp_path: Path) -> None:
     (tmp_path / "m.mar").write_text("not a zip at all")
     assert "neither a zip archive nor a tar archive in gzip" in refused(tmp_path / "m.mar", tmp_path)
     assert "No such file" in refused(tmp_path / "absent.mar", tmp_path)
+
+
+def test_it_ends_when_somebody_removes_what_it_writes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As the server does when it stops, which waits for the thread that unpacks."""
+    monkeypatch.setattr(archive_module._Target, "_count_bytes", lambda *_: shutil.rmtree(tmp_path / "into" / "x"))
+    archive = write_zip(tmp_path / "m.mar", FILES)
+    assert "entry 'MAR-INF/MANIFEST.json' was removed while it was unpacked" in refused(archive, tmp_path)
 
 
 def test_a_target_that_is_there_already_is_not_touched(tmp_path: Path) -> None:

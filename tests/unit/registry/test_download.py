@@ -157,6 +157,20 @@ async def test_a_download_that_is_cancelled_leaves_nothing(site: Site, store: Pa
 
 
 @pytest.mark.asyncio
+async def test_parts_that_a_server_has_left_that_was_killed_are_removed_and_no_others(site: Site, store: Path) -> None:
+    for name in (".m.mar.0123abcd.part", ".mine.part"):
+        (store / name).touch()
+    others = asyncio.create_task(fetch(site.url("slow.mar"), store, site.allowed))
+    await site.hang.wait()
+    await fetch(site.url("m.mar"), store, site.allowed)
+    assert sorted(name for name in os.listdir(store) if ".slow." not in name) == [".mine.part", "m.mar"]
+    assert len(os.listdir(store)) == 3
+    others.cancel()
+    await asyncio.wait([others])
+    assert len(os.listdir(store)) == 2
+
+
+@pytest.mark.asyncio
 async def test_of_two_downloads_of_one_name_the_second_is_refused(site: Site, store: Path) -> None:
     results = await asyncio.gather(
         *(fetch(site.url(f"m.mar?{number}"), store, site.allowed) for number in range(3)), return_exceptions=True
@@ -195,5 +209,8 @@ def test_a_file_address_in_the_store_needs_no_copy(store: Path) -> None:
     assert in_store("https://models.example/m.mar", store) is None
     with pytest.raises(ModelNotFound, match="Model not found at"):
         in_store(f"file://{store}/absent.mar", store)
+    for no_model in (f"file://{store}", f"file://{store}/./", f"file://{store}/{'x' * 300}"):
+        with pytest.raises(ModelNotFound, match="Model not found at"):
+            in_store(no_model, store)
     with pytest.raises(ModelNotFound, match="Relative path"):
         in_store(f"file://{store}/../outside.mar", store)

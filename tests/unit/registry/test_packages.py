@@ -41,13 +41,14 @@ def answer(python: Path | str, code: str, folder: Path) -> str:
 
 def test_packages_are_put_beside_the_models_files(requirements: Path, tmp_path: Path) -> None:
     (tmp_path / "model").mkdir()
-    asyncio.run(install_requirements("m", requirements, into=tmp_path / "model"))
+    (tmp_path / "pip.py").write_text("raise SystemExit('a module of the model')")
+    asyncio.run(install_requirements("m", requirements, tmp_path, into=tmp_path / "model"))
     assert answer(sys.executable, "import tiny_demo; print(tiny_demo.ANSWER)", tmp_path / "model") == "42"
 
 
 def test_an_environment_of_its_own_has_the_packages_and_sees_the_servers(requirements: Path, tmp_path: Path) -> None:
     python = asyncio.run(make_venv("m", tmp_path / "venv"))
-    asyncio.run(install_requirements("m", requirements, python=python))
+    asyncio.run(install_requirements("m", requirements, tmp_path, python=python))
     code = "import tiny_demo, msgspec, minserve, sys; print(tiny_demo.__file__, msgspec.__file__, sys.prefix)"
     tiny, msgspec, prefix = answer(python, code, tmp_path).split()
     assert Path(tiny).is_relative_to(tmp_path / "venv")
@@ -59,7 +60,7 @@ def test_what_pip_said_is_in_the_log_and_a_short_text_for_the_client(
     impossible: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     with pytest.raises(PackagesFailed) as raised:
-        asyncio.run(install_requirements("m", impossible, into=tmp_path))
+        asyncio.run(install_requirements("m", impossible, tmp_path, into=tmp_path))
     assert str(raised.value) == "Custom pip package installation failed for model m"
     assert (raised.value.status, raised.value.type_name) == (400, "ModelException")
     assert "no-such-package==7" in caplog.text
@@ -74,19 +75,22 @@ async def test_an_environment_that_cannot_be_made_is_told(tmp_path: Path, caplog
 
 
 @pytest.mark.asyncio
-async def test_cancelling_ends_pip_and_what_it_started(tmp_path: Path) -> None:
-    pipe = tmp_path / "pipe"
+async def test_cancelling_ends_pip_and_what_it_started_and_nothing_of_it_is_left(tmp_path: Path) -> None:
+    pipe, own = tmp_path / "pipe", tmp_path / "x1"
+    own.mkdir()
     os.mkfifo(pipe)
     slow = tmp_path / "python"
-    slow.write_text(f"#!/bin/sh\nsh -c 'echo started; exec sleep 1000' > {pipe} &\nwait\n")
+    slow.write_text(f"#!/bin/sh\nmktemp\nsh -c 'echo $MINSERVE_DIRECTORY; exec sleep 1000' > {pipe} &\nwait\n")
     slow.chmod(0o700)
-    task = asyncio.create_task(install_requirements("m", tmp_path / "requirements.txt", python=slow))
+    task = asyncio.create_task(install_requirements("m", tmp_path / "requirements.txt", own, python=slow))
     reader = await asyncio.to_thread(os.open, pipe, os.O_RDONLY)
     try:
-        assert await asyncio.to_thread(os.read, reader, 100) == b"started\n"
+        assert await asyncio.to_thread(os.read, reader, 100) == f"{own}\n".encode(), "by which the guardian knows it"
+        assert len(list((own / "tmp").iterdir())) == 1
         task.cancel()
         with pytest.raises(asyncio.CancelledError):
             await task
         assert await asyncio.to_thread(os.read, reader, 1) == b""  # nobody holds its other end any more
+        assert not list(own.iterdir())
     finally:
         os.close(reader)

@@ -12,9 +12,8 @@ from minserve.registry.reading import Source, ValidModel, read_model, validate_m
 from minserve.registry.registration import Registration
 from minserve.registry.store import Location
 from minserve.worker.devices import Inventory
-from minserve.worker.runtime import RuntimeDirectory
 from minserve.worker.spec import ModelSpec
-from tests.unit.registry.archives import HANDLER, make_mar
+from tests.unit.registry.archives import HANDLER, make_mar, short_runtime
 
 Validate = Callable[..., ValidModel]
 TWO = Inventory(("0", "1"))
@@ -309,15 +308,15 @@ async def test_packages_are_installed_where_that_is_asked_for(
         return Path("/v/bin/python")
 
     async def install_requirements(
-        model: str, requirements: Path, into: Path | None = None, python: Path | None = None
+        model: str, requirements: Path, own: Path, into: Path | None = None, python: Path | None = None
     ) -> None:
-        assert requirements.name == "requirements.txt"
+        assert (requirements.name, own.parent) == ("requirements.txt", runtime.models)
         calls.append(("install", into and into.name, python and str(python)))
 
     monkeypatch.setattr("minserve.registry.reading.make_venv", make_venv)
     monkeypatch.setattr("minserve.registry.reading.install_requirements", install_requirements)
     source = packed(tmp_path, archived, venv)
-    runtime = runtime_in(tmp_path)
+    runtime = short_runtime(tmp_path)
     model = await read_model(source, options(install), Inventory(), runtime)
     assert calls == done
     assert model.spec.python == ("/v/bin/python" if venv else "")
@@ -328,7 +327,7 @@ async def test_packages_are_installed_where_that_is_asked_for(
 @pytest.mark.asyncio
 async def test_packages_do_not_go_into_a_folder_of_the_store(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"requirements.txt: packages are not installed into a folder of the store"):
-        await read_model(packed(tmp_path, False, False), options(True), Inventory(), runtime_in(tmp_path))
+        await read_model(packed(tmp_path, False, False), options(True), Inventory(), short_runtime(tmp_path))
 
 
 @pytest.mark.asyncio
@@ -339,7 +338,7 @@ async def test_nothing_is_left_when_packages_cannot_be_installed(
         raise PackagesFailed("no")
 
     monkeypatch.setattr("minserve.registry.reading.install_requirements", install_requirements)
-    runtime = runtime_in(tmp_path)
+    runtime = short_runtime(tmp_path)
     with pytest.raises(PackagesFailed):
         await read_model(packed(tmp_path, True, False), options(True), Inventory(), runtime)
     assert not list(runtime.models.glob("x*"))
@@ -347,11 +346,6 @@ async def test_nothing_is_left_when_packages_cannot_be_installed(
 
 def options(install: bool) -> ServerOptions:
     return ServerOptions(install_py_dep_per_model=install)
-
-
-def runtime_in(folder: Path) -> RuntimeDirectory:
-    (folder / "r").mkdir()
-    return RuntimeDirectory({"MINSERVE_RUNTIME_DIR": str(folder / "r")})
 
 
 def packed(folder: Path, archived: bool, venv: bool) -> Source:

@@ -26,8 +26,7 @@ from minserve.registry.models import Registration, Registry, ServedModel
 from minserve.registry.watch import watch
 from minserve.wire.messages import RequestMeta
 from minserve.worker.devices import Inventory
-from minserve.worker.runtime import RuntimeDirectory
-from tests.unit.registry.archives import make_mar
+from tests.unit.registry.archives import make_mar, short_runtime
 from tests.unit.worker.groups import FakeGroup, no_ranks, settle
 from tests.unit.worker.specs import until
 
@@ -40,8 +39,7 @@ class Home:
     def __init__(self, folder: Path, **options: object) -> None:
         self.store = folder / "store"
         self.store.mkdir()
-        (folder / "r").mkdir()
-        self.runtime = RuntimeDirectory({"MINSERVE_RUNTIME_DIR": str(folder / "r")})
+        self.runtime = short_runtime(folder)
         self.options = ServerOptions.model_validate({"model_store": str(self.store), **options})
         self.changes = 0
         self.registry = Registry(self.runtime, Inventory(), {}, lambda: None, self.options)
@@ -124,6 +122,15 @@ async def test_an_archive_that_is_none_is_refused_and_leaves_nothing(home: Home)
             await home.register(url)
     assert home.extracted() == []
     assert home.changes == 0
+
+
+async def test_more_workers_than_anybody_means_are_refused(home: Home) -> None:
+    with pytest.raises(InvalidModel, match=r"workers: found 1001 \(an integer\), allowed: at most 1000"):
+        await home.register(workers=1001)
+    await home.register()
+    with pytest.raises(BadRequest, match="min_worker: found 1001, allowed: at most 1000"):
+        await home.registry.scale("m", None, 1001, 1001)
+    assert len(FakeGroup.living()) == len(home.extracted()) == 1
 
 
 async def test_a_model_without_workers_refuses_until_it_has_some(home: Home) -> None:

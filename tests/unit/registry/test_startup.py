@@ -1,5 +1,6 @@
 """What a server serves from its start on, and what does not stop it."""
 
+import json
 import logging
 from pathlib import Path
 
@@ -10,15 +11,14 @@ from minserve.errors import DownloadFailed, StartupError
 from minserve.registry.startup import read_models
 from minserve.worker.devices import Inventory
 from minserve.worker.runtime import RuntimeDirectory
-from tests.unit.registry.archives import make_mar
+from tests.unit.registry.archives import make_mar, short_runtime
 
 pytestmark = pytest.mark.asyncio
 
 
 @pytest.fixture
 def runtime(tmp_path: Path) -> RuntimeDirectory:
-    (tmp_path / "r").mkdir()
-    return RuntimeDirectory({"MINSERVE_RUNTIME_DIR": str(tmp_path / "r")})
+    return short_runtime(tmp_path)
 
 
 @pytest.fixture
@@ -108,3 +108,19 @@ async def test_an_address_is_fetched_once(
             "none": "https://models.example/none.mar: Failed to download archive from: https://models.example/none.mar"
         }
     assert fetched.count("https://models.example/far.mar") == 1
+
+
+async def test_a_snapshot_brings_back_what_was_served_from_elsewhere(
+    store: Path, runtime: RuntimeDirectory, tmp_path: Path
+) -> None:
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "folder" / "handler.py").touch()
+    make_mar(store / "a.mar")
+    make_mar(tmp_path / "b.mar")
+    numbers = {"minWorkers": 0, "maxWorkers": 0, "batchSize": 1, "maxBatchDelay": 1, "responseTimeout": 1}
+    places = {"a": "a.mar", "b": str(tmp_path / "b.mar"), "c": str(tmp_path / "folder"), "d": str(tmp_path / "no.mar")}
+    models = {name: {"1.0": {"marName": place, "defaultVersion": True, **numbers}} for name, place in places.items()}
+    with pytest.raises(StartupError, match=r"model d, .*/no.mar: Model not found at"):
+        await start(runtime, store, model_snapshot=json.dumps({"models": models}))
+    del models["d"]
+    assert await start(runtime, store, model_snapshot=json.dumps({"models": models})) == (["a", "b", "c"], {})

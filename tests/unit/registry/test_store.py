@@ -130,15 +130,17 @@ def test_a_registration_names_something_in_the_store(store: Path, url: str) -> N
         ("handler.txt", "Model not found at: handler.txt"),
         ("x" * 300, f"Model not found at: {'x' * 300}"),
         ("x\0.mar", "Model not found at: x\0.mar"),
+        (".", "Model not found at: ."),
         ("/", "Given URL / does not match any allowed URL(s)"),
+        ("{store}", "Given URL {store} does not match any allowed URL(s)"),
         ("{elsewhere}", "Given URL {elsewhere} does not match any allowed URL(s)"),
     ],
 )
 def test_what_is_not_there_or_not_allowed_is_said_with_torchserves_words(store: Path, url: str, message: str) -> None:
     elsewhere = store.parent / "elsewhere"
     with pytest.raises(ModelNotFound) as caught:
-        find_model(store, url.format(elsewhere=elsewhere), ["https://.*"])
-    assert str(caught.value) == message.format(elsewhere=elsewhere)
+        find_model(store, url.format(elsewhere=elsewhere, store=store), ["https://.*"])
+    assert str(caught.value) == message.format(elsewhere=elsewhere, store=store)
 
 
 def test_a_folder_elsewhere_can_be_allowed(store: Path) -> None:

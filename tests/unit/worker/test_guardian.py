@@ -69,11 +69,15 @@ def test_when_the_server_is_gone_all_that_its_ranks_have_started_is_killed_and_i
     assert others.poll() is None
 
 
-def test_directories_that_go_with_it_are_removed_too(directory: Path) -> None:
+def test_directories_that_go_with_it_are_removed_too_and_who_works_in_them_is_killed(
+    directory: Path, rank: Start
+) -> None:
     models = directory.with_name("minserve-1.models")
     models.mkdir()
     watching = Guardian(directory, models)
+    pip = rank(models / "x1")
     hang_up(watching)
+    assert pip.wait(30) == -signal.SIGKILL
     assert watching._process.wait(30) == 0
     assert not models.exists()
 

@@ -1,0 +1,77 @@
+import fcntl
+import os
+import stat
+import subprocess
+import sys
+from pathlib import Path
+from typing import TextIO
+
+import pytest
+
+from minserve.errors import StartupError
+from minserve.torchserve.pidfile import PID_FILE, claimed, running_pid
+
+
+@pytest.fixture(autouse=True)
+def file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    return tmp_path / PID_FILE
+
+
+def test_of_two_servers_that_start_at_once_one_is_refused_and_leaves_the_file_alone(file: Path) -> None:
+    file.write_text("1234567890 of an earlier server")
+    with claimed():
+        with pytest.raises(StartupError, match="already running"), claimed():
+            pass
+        assert file.read_text() == str(os.getpid())
+        assert stat.S_IMODE(file.stat().st_mode) == 0o644
+    assert not file.exists()
+    with claimed():
+        assert file.exists()
+
+
+def test_a_file_that_was_removed_just_before_the_lock_was_had_is_not_taken(
+    file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    flock = fcntl.flock
+    locks: list[int] = []
+
+    def removed_before(descriptor: TextIO, operation: int) -> None:
+        if not locks:
+            file.unlink()
+        locks.append(operation)
+        flock(descriptor, operation)
+
+    monkeypatch.setattr("fcntl.flock", removed_before)
+    with claimed():
+        assert file.read_text() == str(os.getpid())
+    assert len(locks) == 2
+
+
+@pytest.mark.parametrize("kind", ["pipe", "link", "folder"])
+def test_what_somebody_has_put_in_its_place_holds_up_nothing(file: Path, kind: str) -> None:
+    if kind == "pipe":
+        os.mkfifo(file)
+    elif kind == "link":
+        file.symlink_to("/dev/zero")
+    else:
+        file.mkdir()
+    assert running_pid() is None
+    with pytest.raises(StartupError, match=f"{file}: .*; TMPDIR chooses another folder"), claimed():
+        pass
+    assert os.path.lexists(file)
+
+
+@pytest.mark.parametrize("text", ["", "-1", "0", "x", "9" * 100, str(2**31), str(os.getpid())])
+def test_a_pid_of_no_server_is_none(file: Path, text: str) -> None:
+    file.write_text(text)
+    assert running_pid() is None
+
+
+def test_a_server_is_known_by_its_command(file: Path) -> None:
+    command = [sys.executable, "-c", "input()", "-m", "minserve", "torchserve"]
+    with subprocess.Popen(command, stdin=subprocess.PIPE) as process:
+        file.write_text(str(process.pid))
+        assert running_pid() == process.pid
+        process.communicate(b"\n")
+    assert running_pid() is None
