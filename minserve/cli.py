@@ -165,8 +165,9 @@ def _detach(log_file: Path) -> None:
         with log_file.open("ab") as log:
             begin = log.tell()
             # The log itself is the server's own affair. What goes past it, a traceback from the depths, ends up there too.
+            # -P: a `queue.py` in the current folder is not Python's.
             process = subprocess.Popen(
-                [sys.executable, "-m", "minserve", *arguments],
+                [sys.executable, "-P", "-m", "minserve", *arguments],
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=log,

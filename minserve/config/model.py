@@ -26,7 +26,7 @@ __all__ = [
 ]
 
 CONFIG_FILE = "model-config.yaml"
-_MODEL_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_\-.]*")
+_MODEL_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_\-.]{0,254}")  # as long as a file's may be
 _WITHOUT_EFFECT = ("useJobTicket",)
 # A handler that is written for one of these would be served in another way than it expects: its answers would be wrong.
 _NOT_YET = ("continuousBatching", "sequenceBatching")
@@ -111,8 +111,8 @@ def _read_document(model_dir: Path, config_file: str | None) -> YamlDocument:
 
 def _check_name(model_dir: Path, name: str) -> Iterator[Problem]:
     if not _MODEL_NAME.fullmatch(name):
-        allowed = "letters, digits, `_`, `-` and `.`, with a letter or a digit first"
-        hint = "the folder's name is the model's name"
+        allowed = "at most 255 letters, digits, `_`, `-` and `.`, with a letter or a digit first"
+        hint = "the folder's name is the model's name" if name == model_dir.name else ""
         yield Problem(str(model_dir), None, "model name", describe_value(name), allowed, hint)
 
 

@@ -234,9 +234,12 @@ class Dispatcher:
         """
         now = self._clock.time()
         batch: list[Request] = []
+        operation = ""
         while self._queue and len(batch) < self._batch_size:
             request = self._queue[0]
-            if batch and (request.attempts or not _go_together(batch[0], request)):
+            if not batch:
+                operation = request.meta.operation
+            elif request.attempts or request.meta.operation != operation or operation == DESCRIBE:
                 break
             self._queue.popleft()
             if request.deadline <= now:
@@ -251,14 +254,13 @@ class Dispatcher:
 
     def _measure(self, batch: list[Request]) -> None:
         """How long each has waited: for company until the batch was full or the oldest's time was up, then for a place."""
-        meters = self.meters
-        now, due = meters.now(), 0.0
+        now, due = self.meters.now(), 0.0
         if self._max_delay and self._batch_size > 1:
             last = batch[-1].entered if len(batch) == self._batch_size else batch[0].entered + self._max_delay
             due = min(last, now)
         for request in batch:
             request.sent = now
-            meters.left_queue(request.entered, due, now)
+        self.meters.left_queue([request.entered for request in batch], due, now)
 
     def _may_retry(self, request: Request) -> bool:
         if request.reply.done() or request.stream is not None or self._refusal is not None:
@@ -296,8 +298,3 @@ class Dispatcher:
     def _too_late(self, request: Request) -> DeadlineExceeded:
         where = f"{request.worker} is still at work on it" if request.worker else "it was still in the queue"
         return DeadlineExceeded(f'Model "{self._model}": no answer within the request\'s deadline; {where}')
-
-
-def _go_together(first: Request, other: Request) -> bool:
-    operation = other.meta.operation
-    return operation == first.meta.operation and operation != DESCRIBE

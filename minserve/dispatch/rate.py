@@ -21,14 +21,16 @@ class Rate:
 
     def count(self) -> None:
         """One more."""
-        self._weight = self._decayed() + 1.0
-        self._at = self._clock.time()
+        now = self._clock.time()
+        self._weight = self._decayed(now) + 1.0
+        self._at = now
 
     def per_second(self) -> float:
         """The rate now; 0 while nothing has been counted."""
         # In the first seconds the average has not seen a whole window yet.
-        seen = WINDOW_S * -math.expm1(-(self._clock.time() - self._began) / WINDOW_S)
-        return self._decayed() / max(seen, 1e-3)
+        now = self._clock.time()
+        seen = WINDOW_S * -math.expm1(-(now - self._began) / WINDOW_S)
+        return self._decayed(now) / max(seen, 1e-3)
 
-    def _decayed(self) -> float:
-        return self._weight * math.exp((self._at - self._clock.time()) / WINDOW_S)
+    def _decayed(self, now: float) -> float:
+        return self._weight * math.exp((self._at - now) / WINDOW_S)

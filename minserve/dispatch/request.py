@@ -124,14 +124,18 @@ class Request:
     entered: float = 0.0
     sent: float = 0.0
 
-    def answer(self, answer: Answer, body: Buffer) -> None:
-        """Rank 0's whole answer, or the end of its stream. Dropped when nobody waits for it any more."""
+    def answer(self, answer: Answer, body: Buffer) -> bool:
+        """Rank 0's whole answer, or the end of its stream. Dropped, and False, when nobody waits for it any more."""
         if self.stream is not None:
+            wanted = not self.stream.over
             if len(body):
                 self.stream.put(body)
             self.stream.end()
-        elif not self.reply.done():
-            self.reply.set_result(Reply(answer.status, answer.reason, answer.headers, body))
+            return wanted
+        if self.reply.done():
+            return False
+        self.reply.set_result(Reply(answer.status, answer.reason, answer.headers, body))
+        return True
 
     @property
     def left(self) -> bool:

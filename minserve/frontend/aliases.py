@@ -5,12 +5,9 @@ On these, and on no others, what the query says reaches the handler too, each ke
 
 from __future__ import annotations
 
-import asyncio
-import math
 from typing import TYPE_CHECKING
 
 from minserve.errors import BadRequest
-from minserve.frontend.admission import request_timeout
 from minserve.frontend.body import query_fields
 from minserve.frontend.inference import METHODS
 from minserve.frontend.routing import add_route
@@ -57,18 +54,12 @@ class Aliases:
     async def _serve(
         self, request: web.Request, model: ServedModel | None, fields: dict[str, bytes]
     ) -> web.StreamResponse:
-        now = asyncio.get_running_loop().time()
-        deadline = math.inf if model is None else now + request_timeout(request.headers, model.spec.request_timeout)
-        share = self._inference.share()
-        try:
-            parts, bodies = await self._inference.receive(request, share, deadline)
-            if model is None:
-                model = self._named_in(parts, bodies)
-                deadline = now + request_timeout(request.headers, model.spec.request_timeout)
-            parts, bodies = _with_fields(parts, bodies, fields)
-            return await self._inference.submit(request, model, parts, bodies, deadline)
-        finally:
-            share.give_back()
+        def complete(
+            parts: tuple[Part, ...], bodies: list[Buffer]
+        ) -> tuple[ServedModel, tuple[Part, ...], list[Buffer]]:
+            return model or self._named_in(parts, bodies), *_with_fields(parts, bodies, fields)
+
+        return await self._inference.serve(request, model, complete=complete)
 
     def _named_in(self, parts: tuple[Part, ...], bodies: list[Buffer]) -> ServedModel:
         for part, body in zip(parts, bodies, strict=True):

@@ -20,14 +20,17 @@ from minserve.frontend.health import Health
 from minserve.frontend.inference import Inference
 from minserve.frontend.kserve import KServe
 from minserve.frontend.management import Management
-from minserve.frontend.metrics import METRICS, MetricsRoute, count_answers
+from minserve.frontend.metrics import METRICS, MetricsRoute
 from minserve.frontend.openapi import Description
 from minserve.frontend.routing import Routes, add_not_found
 
 if TYPE_CHECKING:
+    from collections.abc import Awaitable, Callable
+
     from minserve.config.server import ServerOptions
     from minserve.frontend.routing import Check
     from minserve.registry.models import Registry
+    from minserve.telemetry.metrics import Metrics
 
 
 _TITLES = {
@@ -111,8 +114,7 @@ def _application(
     """An application that describes itself, and where its routes are added."""
     app = web.Application(client_max_size=options.max_request_size)
     app[METRICS] = registry.metrics
-    app.on_response_prepare.append(finish_headers)
-    app.on_response_prepare.append(count_answers(registry.metrics))
+    app.on_response_prepare.append(_finish(registry.metrics))
     cors = Cors(options)
     if cors.on:
         app.on_response_prepare.append(cors.add_headers)
@@ -124,6 +126,16 @@ def _application(
     routes = Routes(app.router, checks, key, description.one)
     description.add_routes(routes)
     return app, routes
+
+
+def _finish(metrics: Metrics) -> Callable[[web.Request, web.StreamResponse], Awaitable[None]]:
+    """What is done to every answer of an application as its head goes out."""
+
+    async def finish(request: web.Request, response: web.StreamResponse) -> None:
+        finish_headers(request, response)
+        metrics.answered(response.status)
+
+    return finish
 
 
 def _guard(options: ServerOptions, role: Role) -> tuple[Check, ...]:

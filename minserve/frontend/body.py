@@ -115,13 +115,14 @@ def split_body(body: bytes, content_type: str) -> tuple[tuple[Part, ...], list[B
         BadRequest: a form that does not parse.
     """
     kind = printable(content_type)
-    mime = kind.partition(";")[0].strip().lower()
+    plain = kind.partition(";")[0].strip()
+    mime = plain.lower()
     if mime == MULTIPART:
         fields = _multipart(body, kind)
     elif mime == URL_ENCODED:
         fields = _url_encoded(body)
     else:
-        return (Part("body", kind.partition(";")[0].strip(), len(body)),), [body]
+        return (Part("body", plain, len(body)),), [body]
     size = sum(len(name) + len(kind) for name, (kind, _) in fields.items())
     if size > MAX_NAMES:
         raise BadRequest(f"bad form: names and types of {size} characters, at most {MAX_NAMES} are allowed")

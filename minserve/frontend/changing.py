@@ -115,10 +115,9 @@ class Changing:
         text = f'Model "{served.spec.name}" Version: {served.spec.version} registered with {served.workers} initial workers'
         if not served.workers:
             return json_response({"status": f"{text}. Use scale workers API to add workers for the model."})
-        waiting = self._begin(self._keep_if_started(served))
-        if not synchronous:
+        if not synchronous:  # it stays whatever happens: who asked for it so looks for it in its description
             return json_response({"status": PROCESSING}, 202)
-        if await waiting:
+        if await self._begin(self._keep_if_started(served)):
             return json_response({"status": text})
         return json_response({"status": IN_PROGRESS}, 206)
 

@@ -25,6 +25,7 @@ def describe_model(model: ServedModel, loaded_at_startup: bool, customized: Json
         customized: what the handler says of itself, if it was asked.
     """
     spec, config, queue = model.spec, model.spec.config, model.dispatcher
+    level = (config.parallel_level or 0) if config.parallel_type else 0  # without a type it has no effect
     stateful = config.sequence_batching
     reports = model.supervisor.report()
     unhealthy = model.supervisor.unhealthy
@@ -42,7 +43,7 @@ def describe_model(model: ServedModel, loaded_at_startup: bool, customized: Json
         "maxRetryTimeoutInSec": _seconds(config.max_retry_timeout_in_sec),
         "clientTimeoutInMills": config.client_timeout_in_mills,
         "parallelType": str(config.parallel_type),
-        "parallelLevel": spec.world_size if config.is_parallel else config.parallel_level or 0,
+        "parallelLevel": spec.world_size if config.is_parallel else level,
         "deviceType": "gpu" if any(report.devices for report in reports) else "cpu",
         **({"deviceIds": list(config.device_ids)} if config.device_ids else {}),
         "continuousBatching": config.continuous_batching,

@@ -7,7 +7,7 @@ import re
 from typing import TYPE_CHECKING, cast
 
 from aiohttp import HttpVersion11, hdrs, web
-from multidict import istr
+from multidict import CIMultiDict, istr
 
 from minserve.errors import NotFound
 from minserve.frontend.errors import NO_SUCH_PATH, error_response
@@ -16,10 +16,13 @@ if TYPE_CHECKING:
     from collections.abc import Mapping
 
 REQUEST_ID = istr("x-request-id")
-UNCACHED = (  # TorchServe's, word for word
-    (hdrs.PRAGMA, "no-cache"),
-    (hdrs.CACHE_CONTROL, "no-cache; no-store, must-revalidate, private"),
-    (hdrs.EXPIRES, "Thu, 01 Jan 1970 00:00:00 UTC"),
+USUAL = CIMultiDict(
+    (
+        (hdrs.SERVER, "minserve"),
+        (hdrs.PRAGMA, "no-cache"),  # these three are TorchServe's, word for word
+        (hdrs.CACHE_CONTROL, "no-cache; no-store, must-revalidate, private"),
+        (hdrs.EXPIRES, "Thu, 01 Jan 1970 00:00:00 UTC"),
+    )
 )
 UNTYPED = ""  # stands for Content-Type on an answer that shall have none: aiohttp sets its own where it is missing
 ID = web.RequestKey("request_id", str)
@@ -38,12 +41,18 @@ def _fresh_id() -> str:
     return f"{digits[:8]}-{digits[8:12]}-4{digits[13:16]}-a{digits[17:20]}-{digits[20:]}"
 
 
-async def finish_headers(request: web.Request, response: web.StreamResponse) -> None:
+def add_usual(headers: CIMultiDict[str]) -> None:
+    """Adds what every answer has. A handler that has set one of these knows better, but for the server's name."""
+    headers.popall(hdrs.SERVER, None)
+    for name, value in USUAL.items():
+        headers.setdefault(name, value)
+
+
+def finish_headers(request: web.Request, response: web.StreamResponse) -> None:
     """Called for each answer before its headers go out."""
     headers = response.headers
-    headers[hdrs.SERVER] = "minserve"
-    for name, value in UNCACHED:
-        headers.setdefault(name, value)  # a handler that sets one knows better
+    if hdrs.EXPIRES not in headers:  # those of predictions have all of them already
+        add_usual(headers)
     if REQUEST_ID not in headers:  # an error's answer has the id that the handler has seen, if it came that far
         headers[REQUEST_ID] = request.get(ID) or request_id(request.headers)
         if isinstance(response, web.HTTPException):

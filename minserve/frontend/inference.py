@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import math
 from time import perf_counter
 from typing import TYPE_CHECKING
 
@@ -13,24 +14,24 @@ from minserve.dispatch.request import Request
 from minserve.errors import MinServeError, NoWorkers
 from minserve.frontend.admission import InFlightBytes, request_timeout
 from minserve.frontend.body import BodyReader, printable, split_body
-from minserve.frontend.headers import ID, REQUEST_ID, UNTYPED, request_id
+from minserve.frontend.headers import ID, REQUEST_ID, UNTYPED, USUAL, add_usual, request_id
 from minserve.frontend.routing import add_route
 from minserve.frontend.streaming import stream_reply
 from minserve.wire.messages import RequestMeta
 
 if TYPE_CHECKING:
-    from collections.abc import Awaitable, Sequence
+    from collections.abc import Awaitable, Callable
 
     from minserve.config.server import ServerOptions
     from minserve.dispatch.request import Reply
-    from minserve.frontend.admission import Share
     from minserve.frontend.routing import Routes
     from minserve.registry.models import Registry, ServedModel
     from minserve.wire.messages import Buffer, Part
 
+    Complete = Callable[[tuple[Part, ...], list[Buffer]], tuple[ServedModel, tuple[Part, ...], list[Buffer]]]
+
 METHODS = (hdrs.METH_POST, hdrs.METH_GET, hdrs.METH_PUT, hdrs.METH_DELETE, hdrs.METH_PATCH)
 EXPLAIN = "explain"
-BEGAN = web.RequestKey("began", float)  # when the server took up the request, on the meters' clock
 _FRAMING = frozenset({"content-length", "transfer-encoding", "connection", "keep-alive", "upgrade"})
 
 
@@ -51,7 +52,7 @@ class Inference:
             add_route(routes, METHODS, f"/predictions/{{model}}{rest}", self.predict)
             add_route(routes, METHODS, f"/explanations/{{model}}{rest}", self.explain)
 
-    # These two are no coroutines themselves: each one in the chain of a request costs it time.
+    # These two only hand a coroutine on: each one more in the chain would cost every request.
 
     def predict(self, request: web.Request) -> Awaitable[web.StreamResponse]:
         """Sends one request to a model and its answer to the client."""
@@ -66,80 +67,71 @@ class Inference:
         return self.serve(request, model, EXPLAIN, printable(match.get("rest", "")))
 
     async def serve(
-        self, request: web.Request, model: ServedModel, operation: str = "", url_path: str = ""
+        self,
+        request: web.Request,
+        model: ServedModel | None,
+        operation: str = "",
+        url_path: str = "",
+        complete: Complete | None = None,
     ) -> web.StreamResponse:
         """Reads a request's body, sends it to a model and the answer to the client.
 
         Args:
+            model: None where only the body can tell.
             operation, url_path: as in `RequestMeta`.
+            complete: gives the model, and the parts that it gets, from the parts of the body.
         """
-        deadline = self._loop.time() + request_timeout(request.headers, model.spec.request_timeout)
-        share = self.share()
+        began, now, headers = perf_counter(), self._loop.time(), request.headers
+        deadline = math.inf if model is None else now + request_timeout(headers, model.spec.request_timeout)
+        share = self._in_flight.share()
         try:
-            parts, bodies = await self.receive(request, share, deadline)
-            return await self.submit(request, model, parts, bodies, deadline, operation, url_path)
+            body = self._bodies.take(request, share)
+            if body is None:
+                body = await self._bodies.read(request, share, deadline)
+            parts, bodies = split_body(body, headers.get(hdrs.CONTENT_TYPE, ""))
+            if complete is not None:
+                model, parts, bodies = complete(parts, bodies)
+                deadline = now + request_timeout(headers, model.spec.request_timeout)
+            assert model is not None
+            version = request.match_info.get("version", "")
+            if model.gone:  # unregistered while the body came; another version may have taken over
+                model = self._registry.find(model.spec.name, version or None)
+            id_ = request[ID] = request_id(headers)
+            meta = RequestMeta(id_, request.raw_headers, parts, url_path, operation)
+            asked = Request(meta, bodies, deadline, self._loop.create_future(), named=bool(version))
+            try:
+                reply = await model.dispatcher.submit(asked)
+            except NoWorkers:
+                raise NoWorkers(model.spec.name, version) from None
+            replied = perf_counter()
+            if reply.stream is not None:
+                model.dispatcher.meters.frontend.record(asked.entered - began)
+                stall_timeout = model.spec.config.minserve.stream_stall_timeout
+                return await stream_reply(request, reply, reply.stream, headers_of(reply, id_), stall_timeout)
+            response = self._response(reply, id_, model)
+            model.dispatcher.meters.frontend.record(asked.entered - began + perf_counter() - replied)
+            return response
         finally:
             share.give_back()
 
-    # ── what `serve` is made of ──
-
-    def share(self) -> Share:
-        """Of the bytes in flight, for one request; whoever calls this gives it back."""
-        return self._in_flight.share()
-
-    async def receive(
-        self, request: web.Request, share: Share, deadline: float
-    ) -> tuple[tuple[Part, ...], list[Buffer]]:
-        """The parts of a request's body, see `split_body`; the bytes are counted in `share`."""
-        request[BEGAN] = perf_counter()
-        body = self._bodies.take(request, share)
-        if body is None:
-            body = await self._bodies.read(request, share, deadline)
-        return split_body(body, request.headers.get(hdrs.CONTENT_TYPE, ""))
-
-    async def submit(
-        self,
-        request: web.Request,
-        model: ServedModel,
-        parts: tuple[Part, ...],
-        bodies: Sequence[Buffer],
-        deadline: float,
-        operation: str = "",
-        url_path: str = "",
-    ) -> web.StreamResponse:
-        """Puts a request into a model's queue and sends the answer to the client."""
-        version = request.match_info.get("version", "")
-        if model.gone:  # unregistered while the body came; another version may have taken over
-            model = self._registry.find(model.spec.name, version or None)
-        id_ = request[ID] = request_id(request.headers)
-        meta = RequestMeta(id_, request.raw_headers, parts, url_path, operation)
-        reply: asyncio.Future[Reply] = self._loop.create_future()
-        asked = Request(meta, bodies, deadline, reply, named=bool(version))
-        try:
-            answer = await model.dispatcher.submit(asked)
-        except NoWorkers:
-            raise NoWorkers(model.spec.name, version) from None
-        replied, ours = perf_counter(), asked.entered - request[BEGAN]
-        headers = headers_of(answer)
-        headers[REQUEST_ID] = id_
-        headers.setdefault(hdrs.CONTENT_TYPE, UNTYPED)
-        if answer.stream is not None:
-            model.dispatcher.meters.frontend.record(ours)
-            stall_timeout = model.spec.config.minserve.stream_stall_timeout
-            return await stream_reply(request, answer, answer.stream, headers, stall_timeout)
-        if len(answer.body) > self._max_response_size:
+    def _response(self, reply: Reply, id_: str, model: ServedModel) -> web.Response:
+        if len(reply.body) > self._max_response_size:
             raise MinServeError(
-                f'Model "{model.spec.name}": the answer has {len(answer.body)} bytes, max_response_size allows '
+                f'Model "{model.spec.name}": the answer has {len(reply.body)} bytes, max_response_size allows '
                 f"{self._max_response_size}"
             )
+        headers = headers_of(reply, id_)
         # Without a phrase of the handler's there is none, as with TorchServe.
-        response = web.Response(body=answer.body, status=answer.status, reason=answer.reason, headers=headers)
-        model.dispatcher.meters.frontend.record(ours + perf_counter() - replied)
-        return response
+        return web.Response(body=reply.body, status=reply.status, reason=reply.reason, headers=headers)
 
 
-def headers_of(reply: Reply) -> CIMultiDict[str]:
-    """The headers that the handler has set. A length of its own would garble the next answer on the connection."""
-    if not reply.headers:
-        return CIMultiDict()
-    return CIMultiDict((name, value) for name, value in reply.headers if name.lower() not in _FRAMING)
+def headers_of(reply: Reply, id_: str) -> CIMultiDict[str]:
+    """The usual headers and those that the handler has set. A length of its own would garble the next answer."""
+    if reply.headers:
+        headers = CIMultiDict((name, value) for name, value in reply.headers if name.lower() not in _FRAMING)
+        add_usual(headers)
+    else:
+        headers = CIMultiDict(USUAL)
+    headers[REQUEST_ID] = id_
+    headers.setdefault(hdrs.CONTENT_TYPE, UNTYPED)
+    return headers

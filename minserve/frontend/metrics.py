@@ -1,4 +1,4 @@
-"""GET /metrics: every metric in the text form of Prometheus, and how answers are counted on their way out.
+"""GET /metrics: every metric in the text form of Prometheus.
 
 What TorchServe has is written as its client library writes it, see `telemetry.series`; what minserve adds is written by
 prometheus-client, from what the models' meters and workers say at the moment of the call.
@@ -27,7 +27,7 @@ from minserve.telemetry.metrics import Metrics
 from minserve.worker.states import State
 
 if TYPE_CHECKING:
-    from collections.abc import Awaitable, Callable, Iterable
+    from collections.abc import Iterable
 
     from prometheus_client.metrics_core import Metric
 
@@ -60,15 +60,6 @@ class MetricsRoute:
         if self._metrics.mode == "prometheus":
             body += generate_latest(self._own.restricted_registry(names) if names else self._own)
         return web.Response(body=body, headers={hdrs.CONTENT_TYPE: CONTENT_TYPE})
-
-
-def count_answers(metrics: Metrics) -> Callable[[web.Request, web.StreamResponse], Awaitable[None]]:
-    """Counts every answer of an application as its head goes out."""
-
-    async def count(request: web.Request, response: web.StreamResponse) -> None:
-        metrics.answered(response.status)
-
-    return count
 
 
 class _Own:

@@ -33,6 +33,7 @@ class Launch:
     secret: str
     directory: Path
     debug: bool
+    bare_log: bool = False
 
 
 def die_with_the_agent() -> None:
@@ -59,6 +60,7 @@ def read_environment(environ: MutableMapping[str, str]) -> Launch:
         secret=environ.pop("MINSERVE_SECRET"),
         directory=Path(environ["MINSERVE_DIRECTORY"]),
         debug=environ.get("MINSERVE_LOG_LEVEL") == "debug",
+        bare_log="MINSERVE_BARE_LOG" in environ,
     )
 
 
@@ -76,8 +78,12 @@ def redirect_output(launch: Launch) -> None:
 
 
 def configure_logging(launch: Launch) -> None:
-    """Logging to stdout, as TorchServe's workers do; `--log-level debug` reaches minserve's own loggers."""
-    logging.basicConfig(stream=sys.stdout, level=logging.INFO, format="%(levelname)s %(name)s: %(message)s")
+    """Logging to stdout, as TorchServe's workers do; `--log-level debug` reaches minserve's own loggers.
+
+    `bare_log` is TorchServe's form, the message alone, which people who log JSON rely on.
+    """
+    form = "%(message)s" if launch.bare_log else "%(levelname)s %(name)s: %(message)s"
+    logging.basicConfig(stream=sys.stdout, level=logging.INFO, format=form)
     if launch.debug:
         logging.getLogger("minserve").setLevel(logging.DEBUG)
 

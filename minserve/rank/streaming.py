@@ -49,8 +49,8 @@ class Chunks(ABC):
 
     Args:
         granted: the step up to which it may go before it needs a grant.
-        on_refused: told once, with the seq, when a chunk cannot be sent. The handler is not stopped for it, for the other ranks would go
-            on: it takes its steps, without chunks, to its end or until the server cancels the stream on all ranks.
+        on_refused: told once, with the seq, when a chunk cannot be sent. The handler is not stopped for it, for the other
+            ranks would go on: it takes its steps, without chunks, to its end or until the server cancels the stream on all.
 
     Attributes:
         step: how many have been taken.

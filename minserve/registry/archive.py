@@ -52,7 +52,7 @@ DEFAULT_LIMITS = Limits()
 
 def is_archive(path: Path) -> bool:
     """Whether it is a file that is called like an archive."""
-    return path.name.lower().endswith(ENDINGS) and path.is_file()
+    return path.name.lower().endswith(ENDINGS) and os.path.isfile(path)  # never raises, as `path.is_file()` may
 
 
 def extract(archive: Path, into: Path, limits: Limits = DEFAULT_LIMITS) -> Path:

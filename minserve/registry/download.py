@@ -20,7 +20,7 @@ from yarl import URL
 
 from minserve.errors import DownloadFailed, ModelNotFound, NotSaved
 from minserve.registry.addresses import CheckedResolver, Forbidden, check_address, is_ip, matching_patterns, names_host
-from minserve.registry.archive import ENDINGS
+from minserve.registry.archive import ENDINGS, is_archive
 
 LARGEST_DOWNLOAD = 64 * 1024**3  # bytes
 _TIMEOUT = aiohttp.ClientTimeout(total=3600.0, sock_connect=30.0, sock_read=60.0)  # seconds
@@ -43,7 +43,7 @@ def in_store(url: str, store: Path) -> Path | None:
     path, folder = _local(url), Path(os.path.abspath(store))
     if path is None or not path.is_relative_to(folder):
         return None
-    if path == folder or not os.path.exists(path):
+    if path == folder or not (os.path.isdir(path) or is_archive(path)):
         raise ModelNotFound(f"Model not found at: {url}")
     return path
 

@@ -6,6 +6,7 @@ import asyncio
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from minserve.errors import ModelNotFound
 from minserve.registry.download import fetch, in_store
 from minserve.registry.reading import Source
 from minserve.registry.store import ADDRESS, Location, find_model
@@ -13,6 +14,9 @@ from minserve.registry.store import ADDRESS, Location, find_model
 if TYPE_CHECKING:
     from minserve.config.server import ServerOptions
     from minserve.registry.registration import Registration
+
+
+LONGEST_URL = 8192  # characters; a JSON body has room for far more
 
 
 async def obtain(registration: Registration, options: ServerOptions) -> Source:
@@ -23,6 +27,8 @@ async def obtain(registration: Registration, options: ServerOptions) -> Source:
         MinServeError: it cannot be fetched.
     """
     store, url = Path(options.model_store), registration.url
+    if not url.isprintable() or len(url) > LONGEST_URL:  # it goes into the log
+        raise ModelNotFound(f"Model not found at: {url[:LONGEST_URL]}")
     if not ADDRESS.match(url):
         path = await asyncio.to_thread(find_model, store, url, options.allowed_urls)
         return Source(Location(path, registration.name, url), registration)

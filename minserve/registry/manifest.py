@@ -84,9 +84,9 @@ def _parse(path: Path, raw: bytes) -> Manifest:
 
     def text_of(values: dict[str, object], key: str, prefix: str = "model.") -> str | None:
         value = values.get(key)
-        if value is None or isinstance(value, str):
+        if value is None or (isinstance(value, str) and value.isprintable()):  # JSON can name what no UTF-8 can write
             return value or None
-        wrong(prefix + key, value, "a string")
+        wrong(prefix + key, value, "a string of printable characters")
         return None
 
     manifest = Manifest(

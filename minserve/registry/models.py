@@ -24,7 +24,7 @@ from minserve.errors import (
 )
 from minserve.registry.catalogue import Catalogue
 from minserve.registry.fetching import obtain
-from minserve.registry.numbers import MOST_WORKERS
+from minserve.registry.numbers import MOST_RANKS
 from minserve.registry.reading import Source, ValidModel, discard, read_model, validate_model
 from minserve.registry.registration import Registration
 from minserve.registry.served import ServedModel
@@ -123,9 +123,9 @@ class Registry:
         if fewest < 0 or most < fewest:
             text = "max_worker cannot be less than min_worker." if fewest >= 0 else "min_worker cannot be less than 0."
             raise BadRequest(text)
-        if fewest > MOST_WORKERS:
-            raise BadRequest(f"min_worker: found {fewest}, allowed: at most {MOST_WORKERS}")
-        self.find(name, version)
+        allowed = MOST_RANKS // self.find(name, version).spec.world_size
+        if fewest > allowed:
+            raise BadRequest(f"min_worker: found {fewest}, allowed: at most {allowed}")
         return await self._change(self._scale(name, version, fewest, most))
 
     async def unregister(self, name: str, version: str | None = None) -> None:

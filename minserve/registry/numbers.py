@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 from minserve.config.keys import ParallelType
 from minserve.config.lenient import settle_devices
-from minserve.config.problems import Problem, describe_value, raise_errors
+from minserve.config.problems import Problem, raise_errors
 from minserve.worker.devices import check_devices, groups_that_fit
 
 if TYPE_CHECKING:
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from minserve.registry.registration import Registration
     from minserve.worker.devices import Inventory
 
-MOST_WORKERS = 1000  # at the fewest; each is a process at least, and more were never meant
+MOST_RANKS = 1000  # of the fewest workers of a model version; each is a process, and more were never meant
 _OF_MODELS = {  # the `models` option: the key in it, and the attribute of the configuration
     "batchSize": "batch_size",
     "maxBatchDelay": "max_batch_delay",
@@ -80,8 +80,9 @@ def resolve_numbers(
         hint = f"{fit} are started, there are {len(inventory)} device(s)"
         warnings.append(Problem(read.document.file, None, "workers", found, allowed, hint, "warning"))
         config, workers = config.model_copy(update={"min_workers": fit, "max_workers": fit}), fit
-    if workers > MOST_WORKERS:
-        raise_errors([Problem(read.document.file, None, "workers", describe_value(workers), f"at most {MOST_WORKERS}")])
+    if max(workers, 1) * world_size > MOST_RANKS:
+        found, allowed = f"{workers} of {world_size} rank(s) each", f"at most {MOST_RANKS} ranks together"
+        raise_errors([Problem(read.document.file, None, "workers", found, allowed)])
     return Numbers(config, world_size, workers, tuple(warnings))
 
 

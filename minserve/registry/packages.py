@@ -3,21 +3,22 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import importlib.util
 import logging
 import os
 import shutil
 import signal
 import site
+import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 
 from minserve.errors import PackagesFailed
+from minserve.worker.processes import Watch
 
 _KEPT = 8192  # bytes of a program's output, for the log when it fails
-_CHUNK = 65536
 
 logger = logging.getLogger(__name__)
 
@@ -96,33 +97,29 @@ async def _run(command: list[str], folder: Path, own: Path) -> str | None:
     temporary = own / "tmp"
     try:
         temporary.mkdir(exist_ok=True)
+        with tempfile.TemporaryFile(dir=temporary) as output:
+            # Not by asyncio: uvloop takes SIGCHLD for that, which is the reaper's.
+            process = subprocess.Popen(  # noqa: ASYNC220
+                ["env", f"MINSERVE_DIRECTORY={own}", f"TMPDIR={temporary}", *command],
+                stdin=subprocess.DEVNULL,
+                stdout=output,
+                stderr=subprocess.STDOUT,
+                cwd=folder,
+                start_new_session=True,  # a signal to its group reaches the compilers that it starts, too
+            )
+            watch = Watch(process.pid, lambda _: None)
+            try:
+                await watch.ended.wait()
+            except BaseException:
+                os.killpg(process.pid, signal.SIGKILL)
+                raise
+            finally:
+                watch.close()
+                status = process.wait()
+            output.seek(max(0, output.seek(0, os.SEEK_END) - _KEPT))
+            said = output.read().decode(errors="replace").strip()
     except OSError as error:
         return str(error)
-    starting = asyncio.create_task(
-        asyncio.create_subprocess_exec(
-            *("env", f"MINSERVE_DIRECTORY={own}", f"TMPDIR={temporary}", *command),
-            stdin=asyncio.subprocess.DEVNULL,
-            stdout=asyncio.subprocess.PIPE,
-            stderr=asyncio.subprocess.STDOUT,
-            cwd=folder,
-            start_new_session=True,  # a signal to its group reaches the compilers that it starts, too
-        )
-    )
-    kept = b""
-    try:
-        process = await asyncio.shield(starting)
-        assert process.stdout is not None
-        while chunk := await process.stdout.read(_CHUNK):
-            kept = (kept + chunk)[-_KEPT:]
-        status = await process.wait()
-    except OSError as error:
-        return str(error)
-    except asyncio.CancelledError:
-        process = await starting  # cancelled half-way asyncio would kill the program, but not what it has started
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(process.pid, signal.SIGKILL)
-        await process.wait()
-        raise
     finally:
         await asyncio.to_thread(shutil.rmtree, temporary, ignore_errors=True)
-    return None if status == 0 else f"status {status}\n{kept.decode(errors='replace').strip()}"
+    return None if status == 0 else f"status {status}\n{said}"

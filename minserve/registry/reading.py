@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
+import logging
 import re
 import shutil
 from dataclasses import dataclass, field
@@ -29,8 +30,10 @@ if TYPE_CHECKING:
     from minserve.worker.devices import Inventory
     from minserve.worker.runtime import RuntimeDirectory
 
+logger = logging.getLogger(__name__)
+
 RUNTIMES = ("python", "python3")
-_VERSION = re.compile(r"[^/\s\x00-\x1f]{1,64}")
+_VERSION = re.compile(r"(?!\.{1,2}$)[^/{}\s]{1,64}")  # what a path of the REST API can name
 _SHIPPED_HANDLERS = Path(minserve.__file__).parent / "compat" / "ts" / "torch_handler"
 
 
@@ -50,7 +53,10 @@ class Source:
     def discard(self) -> None:
         """Removes the file if it was fetched for this registration."""
         if self.downloaded:
-            self.location.path.unlink(missing_ok=True)
+            try:
+                self.location.path.unlink(missing_ok=True)
+            except OSError as error:
+                logger.warning("%s: cannot be removed: %s", self.location.path, error.strerror)
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,7 +101,10 @@ async def read_model(
 
 def _own_folder(runtime: RuntimeDirectory) -> Path:
     path = runtime.new_extraction()
-    path.mkdir(mode=0o700)
+    try:
+        path.mkdir(mode=0o700)
+    except OSError as error:
+        raise ConfigError(f"{path}: cannot be made, for the model's files: {error.strerror}") from None
     return path
 
 
@@ -174,6 +183,7 @@ def validate_model(
         startup_timeout=config.startup_timeout or options.default_startup_timeout,
         queue_limit=config.job_queue_size or options.job_queue_size,
         debug=options.log_level == "debug",
+        bare_log=options.lenient,
         handler=handler,
         manifest=manifest.text,
         envelope=options.service_envelope or manifest.envelope or "",
@@ -239,7 +249,7 @@ def _inner(directory: Path) -> Path:
 def _check_identity(location: Location, version: str, runtime: str | None) -> list[Problem]:
     problems = []
     if not _VERSION.fullmatch(version):
-        allowed = "at most 64 characters, no blanks, no `/`"
+        allowed = "at most 64 characters, none of `/`, `{`, `}` and no blanks, and not `.` or `..`"
         problems.append(Problem(str(location.path), None, "modelVersion", describe_value(version), allowed))
     if runtime is not None and runtime.lower() not in RUNTIMES:
         allowed = " or ".join(RUNTIMES)

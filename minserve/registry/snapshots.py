@@ -23,7 +23,7 @@ from minserve.config.problems import describe_value
 from minserve.errors import ConfigError, MinServeError, StartupError
 from minserve.registry.archive import is_archive
 from minserve.registry.fetching import obtain
-from minserve.registry.numbers import MOST_WORKERS
+from minserve.registry.numbers import MOST_RANKS
 from minserve.registry.reading import Source, read_model
 from minserve.registry.registration import Registration
 from minserve.registry.store import Location
@@ -101,7 +101,7 @@ def _entry(name: str, version: str, values: Mapping[str, object]) -> Entry:
         response_timeout=float(number("responseTimeout")),
         startup_timeout=float(number("startupTimeout")) if "startupTimeout" in values else None,
     )
-    fewest = number("minWorkers", most=MOST_WORKERS)
+    fewest = number("minWorkers", most=MOST_RANKS)
     return Entry(registration, version, values["defaultVersion"] is True, fewest, max(fewest, number("maxWorkers")))
 
 

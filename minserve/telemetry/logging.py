@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
+import re
 import select
 import stat
 import sys
@@ -25,6 +26,18 @@ MAX_WAITING = 4 * 1024 * 1024  # characters that wait to be written; what comes 
 FLUSH_S = 1.0
 
 Sink = Callable[[str], None]
+
+OUTPUT = "minserve.output"  # what ranks print, each line marked, colours and all
+_CONTROLS = {code: f"\\x{code:02x}" for code in (*range(32), *range(127, 160)) if chr(code) not in "\t\n"}
+_LIKE_A_LINE = re.compile(r"\n(?=\d{4}-\d\d-\d\d)")
+
+
+def one_record(text: str) -> str:
+    """A record's text in which nothing passes for another record, or speaks to a terminal.
+
+    What a handler says in an exception may be a client's words.
+    """
+    return _LIKE_A_LINE.sub("\n  ", text.translate(_CONTROLS))
 
 
 def configure(level: str, file: Path | None = None, max_bytes: int = 0, files: int = 1) -> Writer:
@@ -130,7 +143,8 @@ class _Handler(logging.Handler):
 
     def emit(self, record: logging.LogRecord) -> None:
         try:
-            self._writer.log(self.format(record))
+            text = self.format(record)
+            self._writer.log(text if record.name == OUTPUT else one_record(text))
         except Exception:  # the message does not fit its arguments; logging would tell stderr, and perhaps wait for it
             self._writer.log(f"{traceback.format_exc()}in the log line {record.msg!r} {record.args!r}")
 

@@ -23,7 +23,7 @@ from minserve.telemetry.metrics import HOST, Metrics
 from minserve.telemetry.series import Histogram
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable
+    from collections.abc import Callable, Iterable, Sequence
 
     from minserve.telemetry.recorded import Recorded
     from minserve.telemetry.series import Series
@@ -84,19 +84,16 @@ class ModelMeters:
         """
         (self._named if named else self._unnamed).requests.record(1.0)
 
-    def left_queue(self, arrived: float, due: float, sent: float) -> None:
-        """A request is in a batch.
+    def left_queue(self, arrived: Sequence[float], due: float, sent: float) -> None:
+        """Requests have become a batch.
 
         Args:
-            due: when its batch could have gone, had a worker been free; 0 where no request waits for company.
+            due: when it could have gone, had a worker been free; 0 where no request waits for company.
         """
         if due:
-            if due > arrived:
-                self.batch_wait.record(due - arrived)
-                arrived = due
-            else:
-                self.batch_wait.record(0.0)
-        self.queue.record(sent - arrived)
+            self.batch_wait.record_all([max(0.0, due - one) for one in arrived])
+            arrived = [max(due, one) for one in arrived]
+        self.queue.record_all([sent - one for one in arrived])
 
     def batch_sent(self, count: int, began: float, written: float) -> None:
         """A batch of so many requests has been written to every rank's socket."""

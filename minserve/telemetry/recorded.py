@@ -97,7 +97,10 @@ class HandlerMetrics:
         """Records what a rank has sent. What cannot be taken is told once, and dropped."""
         for value in values:
             metric = self._metrics.get(value.name) or self._detected(value)
-            if metric is None or (labels := self._labels(rank, value.name, value.dimensions, metric.declaration)) is None:
+            if metric is None:
+                continue
+            labels = self._labels(rank, value.name, value.dimensions, metric.declaration)
+            if labels is None:
                 continue
             if metric.declaration.kind == "counter" and not value.value >= 0:
                 what = f"is declared a counter and cannot grow by {value.value:g}"

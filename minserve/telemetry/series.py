@@ -81,6 +81,13 @@ class Histogram:
         self._counts[bisect_left(self._bounds, value)] += 1
         self.total += value
 
+    def record_all(self, values: Sequence[float]) -> None:
+        """Observes each of these values."""
+        bounds, counts = self._bounds, self._counts
+        for value in values:
+            counts[bisect_left(bounds, value)] += 1
+        self.total += sum(values)
+
     def record_many(self, value: float, count: int) -> None:
         """Observes one value so many times."""
         self._counts[bisect_left(self._bounds, value)] += count

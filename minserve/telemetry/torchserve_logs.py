@@ -11,7 +11,7 @@ import logging
 import time
 from typing import TYPE_CHECKING
 
-from minserve.telemetry.logging import LogFile, Writer, to_stdout
+from minserve.telemetry.logging import OUTPUT, LogFile, Writer, one_record, to_stdout
 from minserve.telemetry.torchserve_workers import WORKERS, worker_name
 
 if TYPE_CHECKING:
@@ -19,8 +19,9 @@ if TYPE_CHECKING:
 
     from minserve.telemetry.logging import Sink
 
+SERVER = logging.getLogger("org.pytorch.serve.ModelServer")
 ACCESS_LOG = "minserve.access"
-MODEL_LOG = "minserve.output"  # what ranks print
+MODEL_LOG = OUTPUT
 TRACEBACKS = (
     "minserve.worker.group",
     "minserve.worker.broadcast",
@@ -69,6 +70,7 @@ def configure(level: str, log_dir: Path, metrics_dir: Path, max_bytes: int, file
     logging.captureWarnings(True)
     logging.getLogger("minserve").setLevel(level.upper())
     WORKERS.setLevel(logging.DEBUG)
+    SERVER.setLevel(logging.INFO)
     model_log = _Handler(functools.partial(logs.files.put, file(log_dir, "model_log")), line)
     logging.getLogger(MODEL_LOG).handlers = [model_log]
     for name in TRACEBACKS:
@@ -116,7 +118,7 @@ class _Line(logging.Formatter):
             return "\n".join(self._of_a_rank(record, level, line) for line in record.getMessage().split("\n"))
         thread = getattr(record, "worker", "main")
         name = NAMES.get(record.name, record.name)
-        text = super().format(record)  # with the traceback, if there is one
+        text = one_record(super().format(record))  # with the traceback, if there is one
         return f"{_moment(record)} [{level:5}] {thread} {name} - {text}"
 
     def _of_a_rank(self, record: logging.LogRecord, level: str, line: str) -> str:

@@ -6,6 +6,7 @@ import logging
 from typing import TYPE_CHECKING
 
 from minserve.telemetry.events import EventKind
+from minserve.telemetry.logging import OUTPUT
 
 if TYPE_CHECKING:
     from minserve.telemetry.events import Event
@@ -54,6 +55,7 @@ class WorkerLines:
         worker = worker_name(f"{title}/{event.worker}")
         match event.kind:
             case EventKind.READY:
+                logging.getLogger(OUTPUT).info("%s/%s | Torch worker started.", title, event.worker)
                 _change(worker, "null", "WORKER_STARTED")
                 _change(worker, "WORKER_STARTED", "WORKER_MODEL_LOADED")
                 if worker in self._recovering:
@@ -66,12 +68,16 @@ class WorkerLines:
                 self._recovering.discard(worker)
                 _say(worker, f"Auto recovery failed, {event.detail}", logging.WARNING)
             case kind if kind in FAULTS:
-                self._failed(worker, event)
+                self._failed(title, worker, event)
 
-    def _failed(self, worker: str, event: Event) -> None:
+    def _failed(self, title: str, worker: str, event: Event) -> None:
         state = "WORKER_STARTED" if event.kind is EventKind.START_FAILED else "WORKER_MODEL_LOADED"
         _say(worker, f"{_port(str(event.worker))} Worker disconnected. {state}")
-        _say(worker, f"Backend worker error\n{event.detail}", logging.ERROR)
+        if event.kind is EventKind.START_FAILED:
+            model = title.partition(":")[0]
+            _say(worker, f"Load model failed: {model}, error: Worker died. {event.detail}", logging.WARNING)
+        late = "Backend worker did not respond in given time: " if event.kind is EventKind.TIMEOUT else ""
+        _say(worker, f"Backend worker error\n{late}{event.detail}", logging.ERROR)
         _change(worker, state, "WORKER_STOPPED")
         if worker in self._recovering:
             _say(worker, "Auto recovery failed again", logging.WARNING)

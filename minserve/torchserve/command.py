@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import os
+import shlex
 import signal
 import subprocess
 import sys
@@ -27,7 +28,7 @@ START_TIMEOUT_S = 10.0  # then the shell is told that it is well: it goes on in 
 STOP_TIMEOUT_S = 60.0
 QUICK_STOP_S = 10.0  # without --foreground; a start right behind it finds the ports free, most often
 LAUNCHER = """#!/bin/sh
-exec '{python}' -m minserve torchserve "$@"
+exec {python} -P -m minserve torchserve "$@"
 """
 
 
@@ -126,7 +127,8 @@ def _start(given: argparse.Namespace, arguments: Sequence[str], environ: Mapping
 def _in_background(arguments: Sequence[str], environ: Mapping[str, str]) -> int:
     """Starts the same command again, in the background, and waits until it listens, or has said why it does not."""
     process = subprocess.Popen(
-        [sys.executable, "-m", "minserve", "torchserve", "--foreground", *arguments],
+        # -P: a `queue.py` in the current folder is not Python's.
+        [sys.executable, "-P", "-m", "minserve", "torchserve", "--foreground", *arguments],
         stdin=subprocess.DEVNULL,
         start_new_session=True,
     )
@@ -148,7 +150,10 @@ def _install(folder: Path) -> int:
     file = folder / "torchserve"
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        file.write_text(LAUNCHER.format(python=sys.executable))
+        if os.path.lexists(file) and b" -m minserve torchserve " not in file.read_bytes():
+            print(f"{file}: is there already, and is not minserve's; choose another folder", file=sys.stderr)
+            return 1
+        file.write_text(LAUNCHER.format(python=shlex.quote(sys.executable)))
         file.chmod(0o755)
     except OSError as error:
         print(f"{file}: {error.strerror}", file=sys.stderr)

@@ -6,6 +6,7 @@ import contextlib
 import fcntl
 import os
 import stat
+import struct
 import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING, TextIO
@@ -19,6 +20,8 @@ if TYPE_CHECKING:
 
 PID_FILE = ".model_server.pid"
 _LONGEST_PID = 20  # bytes
+# A lock of the whole file by its open description, see fcntl(2): that it is held can be seen without taking it.
+_LOCK = struct.pack("hhqqii", fcntl.F_WRLCK, os.SEEK_SET, 0, 0, 0, 0)
 
 
 def pid_file() -> Path:
@@ -33,11 +36,12 @@ def running_pid() -> int | None:
         descriptor = os.open(pid_file(), os.O_RDONLY | os.O_NONBLOCK | os.O_NOFOLLOW | os.O_CLOEXEC)
         with open(descriptor, "rb") as file:
             pid = int(file.read(_LONGEST_PID))
-        command = " ".join(psutil.Process(pid).cmdline())
+            if _is_locked(file.fileno()):
+                return pid
+        command = " ".join(psutil.Process(pid).cmdline())  # of a TorchServe
     except (OSError, ValueError, TypeError, psutil.Error):
         return None
-    ours = "minserve" in command and "torchserve" in command
-    return pid if ours or "org.pytorch.serve" in command else None
+    return pid if "org.pytorch.serve" in command else None
 
 
 @contextlib.contextmanager
@@ -74,7 +78,12 @@ def _locked(path: Path) -> TextIO:
             file = undo.enter_context(open(os.open(path, flags, 0o644), "w"))
             if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
                 raise OSError(0, "there is a file of that name, and it is no regular one")
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.fcntl(file, fcntl.F_OFD_SETLK, _LOCK)
             if os.fstat(file.fileno()).st_nlink:  # else a server that ended has removed it before the lock was had
                 undo.pop_all()
                 return file
+
+
+def _is_locked(descriptor: int) -> bool:
+    (kind,) = struct.unpack_from("h", fcntl.fcntl(descriptor, fcntl.F_OFD_GETLK, _LOCK))
+    return bool(kind != fcntl.F_UNLCK)

@@ -44,6 +44,13 @@ def serve(settings: Settings, environ: Mapping[str, str]) -> int:
 
     async def tell(server: Server) -> None:
         await server.listening.wait()
+        for api, url in (
+            ("Inference", server.inference_url),
+            ("Management", server.management_url),
+            ("Metrics", server.metrics_url),
+        ):
+            if url:
+                torchserve_logs.SERVER.info("%s API bind to: %s", api, url)
         logs.out.log(STARTED)
         if snapshots is not None:
             snapshots.write(server.registry, "startup")

@@ -247,9 +247,8 @@ class Broadcast:
         meters, replied = self._meters, self._meters.now()
         counts = bool(batch.requests) and batch.requests[0].meta.operation != DESCRIBE  # which travels alone
         for request, (answer, body) in zip(batch.requests, answers, strict=True):
-            if counts and not request.left:
+            if request.answer(answer, body) and counts:
                 meters.answered(request.named, request.entered, request.sent, replied)
-            request.answer(answer, body)
         if batch.requests:
             overhead = batch.written - batch.began + meters.now() - replied
             meters.batch_answered(len(batch.requests), batch.written, replied, overhead)

@@ -75,6 +75,8 @@ def plan(
     }
     if not spec.config.is_parallel:
         added |= {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "LOCAL_WORLD_SIZE": "1"}
+    if spec.bare_log:
+        added["MINSERVE_BARE_LOG"] = "1"
     if devices.mask is not None:
         added["CUDA_VISIBLE_DEVICES"] = devices.mask
     return Launch(command, added, spec.model_dir)

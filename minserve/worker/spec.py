@@ -27,6 +27,7 @@ class ModelSpec:
         response_timeout, startup_timeout: seconds; the YAML's, else the server's.
         queue_limit: most requests that wait.
         debug: whether the ranks log at DEBUG.
+        bare_log: whether handlers' log lines are the message alone, as TorchServe has them.
         handler: `file.py[:name]`, or the name of a shipped handler such as `image_classifier`.
         manifest: text of MANIFEST.json; "" for a model directory without one.
         envelope: name of the request envelope; "" for none.
@@ -47,6 +48,7 @@ class ModelSpec:
     startup_timeout: float
     queue_limit: int
     debug: bool = False
+    bare_log: bool = False
     handler: str = "handler.py"
     manifest: str = ""
     envelope: str = ""

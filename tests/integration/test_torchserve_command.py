@@ -50,7 +50,7 @@ class Home:
             name: value for name, value in os.environ.items() if not name.startswith(("TS_", "LOG_", "METRICS_"))
         }
         temp = str(self.folder / "tmp")
-        command = [sys.executable, "-m", "minserve", *arguments]
+        command = [sys.executable, "-P", "-m", "minserve", *arguments]
         with self.output.open("ab") as output:
             return subprocess.run(
                 command,
@@ -115,6 +115,7 @@ def _is_zombie(pid: int) -> bool:
 
 def test_a_server_is_started_scaled_stopped_and_started_again_from_its_snapshot(home: Home) -> None:
     home.configure("config.properties", "load_models=shout.mar", "enable_model_api=true")
+    (home.folder / "queue.py").write_text("raise SystemExit('a module of the folder that it is started in')")
     assert home.run("torchserve", "--start", "--model-store=store") == 0
     until(lambda: "Model server started.\n" in home.said, DEADLINE_S, "the line that scripts wait for")
     pid = home.pid()
@@ -194,6 +195,11 @@ def test_the_command_is_installed_where_one_asks_for_it(home: Home) -> None:
         [home.folder / "bin" / "torchserve", "--version"], capture_output=True, text=True, timeout=60, check=True
     )
     assert result.stdout.startswith("TorchServe Version is 0.12.0")
+    assert home.run("torchserve", "--install-command", "bin") == 0
+    (home.folder / "bin" / "torchserve").write_text("#!/bin/sh\necho a real one\n")
+    assert home.run("torchserve", "--install-command", "bin") == 1
+    assert "is there already, and is not minserve's" in home.said
+    assert "a real one" in (home.folder / "bin" / "torchserve").read_text()
 
 
 def test_a_server_in_the_foreground_ends_in_0_when_it_is_told_to(home: Home) -> None:

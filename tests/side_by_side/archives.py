@@ -37,6 +37,23 @@ ARCHIVES = (
     Archive("batch", "batch", flags=("--config-file", "model-config.yaml")),
     Archive("measured", "measured", flags=("--archive-format", "tgz")),
     Archive("failing", "failing"),
+    Archive(
+        "pieces",
+        "pieces",
+        "2023.11-rc1",
+        flags=(
+            "--extra-files",
+            "extras,words.txt",
+            "--config-file",
+            "model-config.yaml",
+            "--archive-format",
+            "no-archive",
+        ),
+    ),
+    Archive("micro", "micro", weights="scripted.pt", flags=("--config-file", "model-config.yaml")),
+    Archive("pipe", "pipe", flags=("--config-file", "model-config.yaml", "--runtime", "python3")),
+    Archive("sloppy", "sloppy", flags=("--config-file", "model-config.yaml", "--archive-format", "zip-store")),
+    Archive("inputs", "inputs"),
 )
 
 

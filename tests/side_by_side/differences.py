@@ -50,6 +50,14 @@ REASONS: dict[str, Reason] = {
         f"guarded: {name}": Reason("the message says which kinds there are")
         for name in ("token of no kind", "token without a type")
     },
+    "moved: a pipeline that fails": CAUSE,
+    **{
+        f"envelope: {name}": Reason(
+            "what is not of the envelope's form is the client's mistake: 400, not 503",
+            frozenset({"status", "reason", "body"}),
+        )
+        for name in ("kservev2, a wrong shape", "kservev2, no inputs")
+    },
     "legacy: json envelope, no JSON": Reason(
         "a request that is no JSON is the client's mistake: 400, not 503", frozenset({"status", "reason", "body"})
     ),

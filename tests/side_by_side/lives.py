@@ -350,6 +350,42 @@ LEGACY = (
     Call("metrics, legacy", "GET", "/metrics", "metrics", only="^# (TYPE|HELP)|^ts_inference_requests_total"),
 )
 
+MOVED = (
+    Call("every worker is up: micro", "POST", "/predictions/micro", headers=JSON, body=b"[1, 2, 3]", until=200),
+    Call("every worker is up: pipe", "POST", "/predictions/pipe", body=b"1", until=200),
+    _predict("in pieces", "/predictions/pieces", b"raw"),
+    _predict("in pieces, json", "/predictions/pieces", b'{"a": 1}', JSON),
+    _predict("in pieces, curl -d", "/predictions/pieces", b"data=abc", FORM),
+    _predict(
+        "in pieces, curl -F", "/predictions/pieces", f"{_part('data', 'abc')}--{BOUNDARY}--\r\n".encode(), MULTIPART
+    ),
+    _predict("in pieces, curl -T", "/predictions/pieces/2023.11-rc1", b"raw", method="PUT"),
+    Call("a batch in pieces", "POST", "/predictions/micro", headers=JSON, copies=(b"[1, 2, 3]",) * 4),
+    _predict("a pipeline", "/predictions/pipe", b"3"),
+    _predict("a pipeline that fails", "/predictions/pipe", b"x"),
+    _predict("a pipeline again", "/predictions/pipe", b"4"),
+    _predict("a sloppy YAML", "/predictions/sloppy", b"x"),
+    *(_manage(f"describe {name}", "GET", f"/models/{name}") for name in ("pieces", "micro", "pipe", "sloppy")),
+    _manage("list what was moved", "GET", "/models"),
+    Call("metrics of timed steps", "GET", "/metrics", "metrics", only="^# (TYPE|HELP) ts_handler_"),
+)
+
+ONE_INPUT = b'{"id": "mine", "inputs": [{"name": "a", "shape": [2, 2], "datatype": "FP32", "data": [1.5, 2, 3, 4]}]}'
+TWO_INPUTS = (
+    b'{"inputs": [{"name": "a", "shape": [2], "datatype": "INT64", "data": [1, 2]}, '
+    b'{"name": "b", "shape": [1], "datatype": "BYTES", "data": ["text"]}]}'
+)
+
+ENVELOPE = (
+    _predict("kservev2", "/v2/models/inputs/infer", ONE_INPUT, JSON),
+    _predict("kservev2, two inputs", "/v2/models/inputs/infer", TWO_INPUTS, JSON),
+    _predict("kservev2 on predictions", "/predictions/inputs", ONE_INPUT),
+    _predict("kservev2, a wrong shape", "/v2/models/inputs/infer", ONE_INPUT.replace(b"2, 2", b"3, 2", 1), JSON),
+    _predict("kservev2, no inputs", "/v2/models/inputs/infer", b'{"instances": [1]}', JSON),
+    _manage("describe what the models key configures", "GET", "/models/inputs"),
+    _manage("list what has a name of the configuration's", "GET", "/models"),
+)
+
 LIVES = (
     Life(
         "everything",
@@ -402,5 +438,44 @@ LIVES = (
         ("metrics_mode=legacy", "default_workers_per_model=1", "load_models=eager.mar", "service_envelope=json"),
         ("--disable-token-auth",),
         LEGACY,
+    ),
+    Life(
+        "moved",
+        (
+            "metrics_mode=prometheus",
+            "model_metrics_auto_detect=true",
+            "disable_system_metrics=true",
+            "disable_token_authorization=true",
+            "default_workers_per_model=1",
+            "limit_max_image_pixels=false",
+            "load_models=pieces,micro.mar,pipe.mar,sloppy.mar",
+        ),
+        (),
+        MOVED,
+        (
+            r"ModelServer - Inference API bind to: http://127\.0\.0\.1:\d+\n[\s\S]*Metrics API bind to: http",
+            r"-pipe_1\.0-stdout MODEL_LOG - Torch worker started\.",
+            r"MODEL_LOG - the service is set up in its model's folder",
+            r"MODEL_LOG - Compiled model with backend eager",
+            r"MODEL_LOG - rank 1 has joined",
+        ),
+    ),
+    Life(
+        "envelope",
+        (
+            "service_envelope=kservev2",
+            "disable_token_authorization=true",
+            "load_models=inputs=inputs.mar",
+            "default_response_timeout=55",
+            "job_queue_size=7",
+            "number_of_netty_threads=4",
+            "async_logging=true",
+            "models={\\",
+            '  "inputs": {\\',
+            '    "1.0": {"defaultVersion": true, "marName": "inputs.mar", "minWorkers": 1, "maxWorkers": 2, \\',
+            '            "batchSize": 3, "maxBatchDelay": 10, "responseTimeout": 99}}}',
+        ),
+        (),
+        ENVELOPE,
     ),
 )

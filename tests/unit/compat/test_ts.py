@@ -37,6 +37,13 @@ def test_a_prediction_exception_has_torchserves_members(arguments: tuple[object,
     assert (failure.text, failure.status, failure.type_name) == ("bad input", code, "PredictionException")
 
 
+def test_what_handlers_ask_of_the_package_has_an_answer() -> None:
+    base = importlib.import_module("ts.torch_handler.base_handler")
+    there = [getattr(base, f"{name}_AVAILABLE") for name in ("PT2", "PT230", "PROFILER", "XLA", "IPEX")]
+    assert there == [True, True, True, False, False]
+    assert importlib.import_module("ts").__version__ == "0.12.0"
+
+
 def test_the_streaming_function_has_torchserves_signature() -> None:
     send = importlib.import_module("ts.handler_utils.utils").send_intermediate_predict_response
     signature = inspect.signature(send)

@@ -540,6 +540,7 @@ class Traffic(RuleBasedStateMachine):
         self.tasks: list[asyncio.Task[Reply]] = []
         self.arrived: list[float] = []
         self.cancelled: set[int] = set()
+        self.waiters: list[asyncio.Task[None]] = []
 
     def run(self, work: Coroutine[object, object, T]) -> T:
         return self.loop.run_until_complete(work)
@@ -598,7 +599,12 @@ class Traffic(RuleBasedStateMachine):
 
     @invariant()
     def whoever_waits_for_all_answers_waits_for_them_and_no_longer(self) -> None:
-        assert self.dispatcher._idle.is_set() == (not self.dispatcher._live)
+        self.waiters.append(self.loop.create_task(self.dispatcher.answered()))
+        self.run(settle())
+        assert self.waiters[-1].done() == (not self.dispatcher._live)
+        if not self.dispatcher._live:
+            assert all(waiter.done() for waiter in self.waiters)
+            self.waiters.clear()
 
     @invariant()
     def nothing_waits_that_could_go(self) -> None:

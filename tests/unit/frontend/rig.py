@@ -102,7 +102,7 @@ class Lane:
 
     def __init__(self) -> None:
         self.requests: list[Request] = []
-        self.handle: Callable[[Request], None] = echo
+        self.handle: Callable[[Request], object] = echo
 
     def has_place(self) -> bool:
         return True

@@ -169,9 +169,13 @@ def test_a_key_that_cannot_be_told_is_not_taken(keys: Keys) -> None:
 # ── every route ──
 
 
-async def passed(request: web.Request, handler: object) -> web.StreamResponse:
+def passed(handler: object) -> Callable[[web.Request], Awaitable[web.StreamResponse]]:
     """Stands where the handler is called."""
-    return web.Response(status=299)
+
+    async def answered(request: web.Request) -> web.StreamResponse:
+        return web.Response(status=299)
+
+    return answered
 
 
 @pytest_asyncio.fixture

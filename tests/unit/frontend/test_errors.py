@@ -140,4 +140,4 @@ async def test_a_cancelled_request_stays_cancelled() -> None:
         raise asyncio.CancelledError
 
     with pytest.raises(asyncio.CancelledError):
-        await errors_as_json(make_mocked_request("GET", "/"), cancelled)
+        await errors_as_json(cancelled)(make_mocked_request("GET", "/"))

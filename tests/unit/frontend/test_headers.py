@@ -34,7 +34,7 @@ async def test_an_answer_has_the_id_that_the_handler_has_seen() -> None:
     request = make_mocked_request("POST", "/")
     request[ID] = "seen"
     for response, expected in ((web.Response(), "seen"), (web.Response(headers={REQUEST_ID: "set"}), "set")):
-        await finish_headers(request, response)
+        finish_headers(request, response)
         assert response.headers.getall(REQUEST_ID) == [expected]
 
 
@@ -42,7 +42,7 @@ async def test_an_answer_has_the_id_that_the_handler_has_seen() -> None:
 @pytest.mark.parametrize(("given", "sent"), [(UNTYPED, None), ("text/plain", "text/plain")])
 async def test_an_answer_without_a_content_type_gets_none(given: str, sent: str | None) -> None:
     response = web.Response(headers={"Content-Type": given})
-    await finish_headers(make_mocked_request("POST", "/"), response)
+    finish_headers(make_mocked_request("POST", "/"), response)
     assert response.headers.get("Content-Type") == sent
     assert response.headers["Server"] == "minserve"
 

@@ -187,6 +187,12 @@ async def test_devices_and_parallelism_are_shown(rig: Rig) -> None:
     assert description["workers"][0]["gpuUsage"] == "devices: 2,3"
 
 
+@pytest.mark.parametrize(("kind", "level"), [("", 0), ("custom", 2)])
+async def test_a_level_counts_with_a_type_alone(rig: Rig, kind: str, level: int) -> None:
+    rig.add("big", config=model_config(kind, parallel_level=2))
+    assert (await describe(rig, "/models/big"))["parallelLevel"] == level
+
+
 async def test_the_queue_is_counted(rig: Rig) -> None:
     import asyncio
 

@@ -105,6 +105,19 @@ def test_debug_reaches_minserves_loggers_alone(debug: bool, monkeypatch: pytest.
     assert logging.getLogger("a_handler").isEnabledFor(logging.INFO)
 
 
+@pytest.mark.parametrize(("environ", "line"), [({}, "INFO a_handler: {}\n"), ({"MINSERVE_BARE_LOG": "1"}, "{}\n")])
+def test_a_log_line_is_the_message_alone_where_torchserves_form_is_asked_for(
+    environ: dict[str, str], line: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    root = logging.getLogger()
+    monkeypatch.setattr(root, "handlers", [])
+    monkeypatch.setattr(root, "level", logging.WARNING)
+    configure_logging(read_environment(environment(**environ)))
+    logging.root.manager._clear_cache()  # type: ignore[attr-defined]
+    logging.getLogger("a_handler").info("{}")
+    assert capsys.readouterr().out == line
+
+
 class FakeConnection:
     def __init__(self) -> None:
         self.calls: list[tuple[object, ...]] = []

@@ -209,7 +209,13 @@ def test_a_file_address_in_the_store_needs_no_copy(store: Path) -> None:
     assert in_store("https://models.example/m.mar", store) is None
     with pytest.raises(ModelNotFound, match="Model not found at"):
         in_store(f"file://{store}/absent.mar", store)
-    for no_model in (f"file://{store}", f"file://{store}/./", f"file://{store}/{'x' * 300}"):
+    (store / "notes.txt").touch()
+    for no_model in (
+        f"file://{store}",
+        f"file://{store}/notes.txt",
+        f"file://{store}/./",
+        f"file://{store}/{'x' * 300}.mar",
+    ):
         with pytest.raises(ModelNotFound, match="Model not found at"):
             in_store(no_model, store)
     with pytest.raises(ModelNotFound, match="Relative path"):

@@ -54,6 +54,8 @@ def test_a_number_is_taken_as_it_is_written(tmp_path: Path) -> None:
         ('{"model": "m"}', 'model: found "m" (a string), allowed: a JSON object'),
         ('{"model": {"handler": ["a"]}, "runtime": true}', "model.handler: found "),
         ('{"model": {"handler": ["a"]}, "runtime": true}', "runtime: found true (a boolean), allowed: a string"),
+        ('{"model": {"modelVersion": "1\\ud800"}}', "model.modelVersion: found"),
+        ('{"model": {"configFile": "c.yaml\\n2026 a line of its own"}}', "allowed: a string of printable characters"),
         (" " * (LARGEST_MANIFEST + 1), "larger than"),
     ],
 )

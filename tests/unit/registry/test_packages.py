@@ -1,5 +1,6 @@
 import asyncio
 import os
+import signal
 import subprocess
 import sys
 import zipfile
@@ -94,3 +95,20 @@ async def test_cancelling_ends_pip_and_what_it_started_and_nothing_of_it_is_left
         assert not list(own.iterdir())
     finally:
         os.close(reader)
+
+
+@pytest.mark.asyncio
+async def test_the_end_of_other_children_is_still_told_afterwards(tmp_path: Path) -> None:
+    """The reaper hears SIGCHLD, of which an event loop that runs programs makes its own."""
+    told, loop = asyncio.Event(), asyncio.get_running_loop()
+    quick = tmp_path / "python"
+    quick.write_text("#!/bin/sh\n")
+    quick.chmod(0o700)
+    before = signal.signal(signal.SIGCHLD, lambda *_: loop.call_soon_threadsafe(told.set))
+    try:
+        await install_requirements("m", tmp_path / "requirements.txt", tmp_path, python=quick)
+        told.clear()
+        await asyncio.to_thread(subprocess.run, ["true"], check=True)
+        await asyncio.wait_for(told.wait(), 10)
+    finally:
+        signal.signal(signal.SIGCHLD, before)

@@ -189,7 +189,7 @@ def test_the_handler(read: Read, asked: str | None, options: dict[str, object], 
         ({"handler": "/etc/h.py"}, "handler: found"),
         ({"handler": None}, "minserve.handler: found no such file"),
         ({"runtime": "LSP"}, 'runtime: found "LSP" .a string., allowed: python or python3'),
-        ({"modelVersion": "a/b"}, "modelVersion: found"),
+        *(({"modelVersion": version}, "modelVersion: found") for version in ("a/b", "a b", "..", "{a}", "1" * 65)),
         ({"modelName": "a/b"}, "model name: found"),
     ],
 )

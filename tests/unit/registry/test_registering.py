@@ -124,9 +124,24 @@ async def test_an_archive_that_is_none_is_refused_and_leaves_nothing(home: Home)
     assert home.changes == 0
 
 
+async def test_an_address_writes_no_line_of_its_own_into_the_log(home: Home, caplog: pytest.LogCaptureFixture) -> None:
+    with pytest.raises(ModelNotFound):
+        await home.register("x\n2026-01-01 a line of its own/m.mar")
+    assert "of its own" not in caplog.text
+    with pytest.raises(ModelNotFound) as raised:
+        await home.register("x/" * 100_000 + "m.mar")
+    assert len(str(raised.value)) < 10_000
+    with pytest.raises(InvalidModel, match="model name: found"):
+        await home.register(name="x" * 256)
+
+
 async def test_more_workers_than_anybody_means_are_refused(home: Home) -> None:
-    with pytest.raises(InvalidModel, match=r"workers: found 1001 \(an integer\), allowed: at most 1000"):
+    with pytest.raises(InvalidModel, match=r"workers: found 1001 of 1 rank\(s\) each, allowed: at most 1000 ranks"):
         await home.register(workers=1001)
+    many = {"c.yaml": "parallelType: tp\ntorchrun: {nproc-per-node: 1001}\n"}
+    make_mar(home.store / "many.mar", modelName="many", configFile="c.yaml", files=many)
+    with pytest.raises(InvalidModel, match=r"workers: found 0 of 1001 rank\(s\) each"):
+        await home.register("many.mar", workers=0)
     await home.register()
     with pytest.raises(BadRequest, match="min_worker: found 1001, allowed: at most 1000"):
         await home.registry.scale("m", None, 1001, 1001)

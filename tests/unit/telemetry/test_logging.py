@@ -106,6 +106,15 @@ def test_an_exception_is_told_with_its_traceback(log: Configure, capsys: pytest.
     assert last == "ValueError: the reason"
 
 
+def test_a_clients_words_in_an_exception_are_no_line_of_the_log(
+    log: Configure, capsys: pytest.CaptureFixture[str]
+) -> None:
+    writer = log("info")
+    logging.getLogger("minserve").error("no\r\n2026-11-25 00:00:00,000 INFO    forged")
+    writer.close()
+    assert capsys.readouterr().err.endswith("ERROR   no\\x0d\n  2026-11-25 00:00:00,000 INFO    forged\n")
+
+
 def test_a_log_line_that_cannot_be_formatted_says_where_and_raises_nothing(
     log: Configure, capsys: pytest.CaptureFixture[str]
 ) -> None:

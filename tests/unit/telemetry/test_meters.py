@@ -1,3 +1,8 @@
+import logging
+
+import pytest
+
+from minserve.telemetry.declarations import Declaration, Declarations
 from minserve.telemetry.meters import ModelMeters
 from minserve.telemetry.metrics import Metrics
 from minserve.telemetry.series import Histogram
@@ -42,15 +47,14 @@ def test_an_answer_adds_its_latencies_in_microseconds_and_sets_the_queue_time_in
 
 def test_the_wait_is_for_company_up_to_when_the_batch_was_due_and_then_for_a_place() -> None:
     meters, _ = make()
-    meters.left_queue(arrived=10.0, due=10.5, sent=12.0)
-    meters.left_queue(arrived=11.0, due=10.5, sent=12.0)  # it came when the batch was overdue
+    meters.left_queue([10.0, 11.0], due=10.5, sent=12.0)  # the second came when the batch was overdue
     assert seen(meters.batch_wait) == (2, 0.5)
     assert seen(meters.queue) == (2, 2.5)
 
 
 def test_where_none_waits_for_company_that_stage_has_no_values() -> None:
     meters, _ = make()
-    meters.left_queue(arrived=10.0, due=0.0, sent=12.0)
+    meters.left_queue([10.0], due=0.0, sent=12.0)
     assert seen(meters.batch_wait) == (0, 0.0)
     assert seen(meters.queue) == (1, 2.0)
 
@@ -62,6 +66,38 @@ def test_a_batch_counts_for_each_of_its_requests() -> None:
     assert seen(meters.broadcast) == (4, 1.0)
     assert seen(meters.rank0) == (4, 4.0)
     assert samples(metrics) == {'WorkerThreadTime{Level="Host",Hostname="here",}': "2.0"}
+
+
+def test_the_time_in_handle_is_shown_in_milliseconds_and_logged_with_the_requests(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    meters, metrics = make()
+    meters.handled(0.0123456, ["a", "b"])
+    assert samples(metrics) == {'PredictionTime{ModelName="m",Level="Model",Hostname="here",}': "12.35"}
+    caplog.set_level(logging.INFO, "model_metrics")
+    logged = Metrics(mode="log", hostname="here", now=lambda: 1700.9)
+    ModelMeters(logged, "m", "2.0").handled(0.0123456, ["a", "b"])
+    line = "PredictionTime.ms:12.35|#ModelName:m,Level:Model|#hostname:here,requestID:a,b,timestamp:1700"
+    assert caplog.messages == [line]
+
+
+@pytest.mark.parametrize(
+    ("declared", "complaints"),
+    [
+        ((), 0),
+        ((Declaration("PredictionTime", "counter", "ms", ("ModelName", "Level")),), 0),
+        ((Declaration("PredictionTime", "gauge", "ms", ("Level",)),), 1),
+    ],
+)
+def test_the_time_in_handle_is_dropped_where_it_is_not_declared_as_it_should_be(
+    declared: tuple[Declaration, ...], complaints: int, caplog: pytest.LogCaptureFixture
+) -> None:
+    metrics = Metrics(Declarations((), declared), auto_detect=True)
+    meters = ModelMeters(metrics, "m", "2.0")
+    meters.handled(0.5, ["a"])
+    meters.handled(0.5, ["a"])
+    assert samples(metrics) == {}
+    assert len(caplog.messages) == complaints
 
 
 def test_a_worker_is_named_as_torchserve_would_name_it() -> None:

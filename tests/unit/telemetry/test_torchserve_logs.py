@@ -72,6 +72,15 @@ def test_what_is_told_of_a_handlers_exception_is_in_the_models_log_too(logs: Log
     assert one[1] == "Traceback (most recent call last):"
 
 
+def test_a_clients_words_in_an_exception_are_no_line_of_the_log(logs: Logs, tmp_path: Path) -> None:
+    forged = "2026-11-25T00:00:00,000 [INFO ] main minserve - forged"
+    logging.getLogger("minserve").error("echo/0 rank 0: ValueError: no \x1b[2J\r%s\n%s\n\tat", forged, forged)
+    logs.close()
+    first, second, third = lines(tmp_path / "logs" / "ts_log.log")
+    assert first.endswith(rf"ValueError: no \x1b[2J\x0d{forged}")
+    assert (second, third) == (f"  {forged}", "\tat")
+
+
 def test_a_traceback_stands_under_its_line(logs: Logs, tmp_path: Path) -> None:
     try:
         raise ValueError("why")

@@ -5,11 +5,13 @@ import logging
 import pytest
 
 from minserve.telemetry.events import Event, EventKind, EventLog
+from minserve.telemetry.logging import OUTPUT
 from minserve.telemetry.torchserve_workers import WORKERS, WorkerLines, worker_name
 
 
 def said(caplog: pytest.LogCaptureFixture, *kinds: EventKind, lines: WorkerLines | None = None) -> list[str]:
     caplog.set_level(logging.DEBUG, WORKERS.name)
+    caplog.set_level(logging.DEBUG, OUTPUT)
     caplog.clear()
     lines = lines or WorkerLines()
     for kind in kinds:
@@ -28,6 +30,7 @@ def test_a_worker_has_torchserves_name(who: str, name: str) -> None:
 
 def test_a_death_and_the_recovery_from_it(caplog: pytest.LogCaptureFixture) -> None:
     assert said(caplog, EventKind.READY, EventKind.RANK_DIED, EventKind.RESTART, EventKind.READY) == [
+        "echo/1 | Torch worker started.",
         "W-9001-echo_1.0 State change null -> WORKER_STARTED",
         "W-9001-echo_1.0 State change WORKER_STARTED -> WORKER_MODEL_LOADED",
         "9001 Worker disconnected. WORKER_MODEL_LOADED",
@@ -35,6 +38,7 @@ def test_a_death_and_the_recovery_from_it(caplog: pytest.LogCaptureFixture) -> N
         "W-9001-echo_1.0 State change WORKER_MODEL_LOADED -> WORKER_STOPPED",
         "Auto recovery start timestamp: 7250",
         "Retry worker: 9001 in 2 seconds.",
+        "echo/1 | Torch worker started.",
         "W-9001-echo_1.0 State change null -> WORKER_STARTED",
         "W-9001-echo_1.0 State change WORKER_STARTED -> WORKER_MODEL_LOADED",
         "Auto recovery succeeded, reset recoveryStartTS",
@@ -51,6 +55,12 @@ def test_a_start_that_fails_again_and_again(caplog: pytest.LogCaptureFixture) ->
         "Auto recovery start timestamp: 7250",
     ]
     assert "9001 Worker disconnected. WORKER_STARTED" in messages
+    assert "Load model failed: echo, error: Worker died. start-failed it was" in messages
+
+
+def test_a_batch_that_takes_too_long(caplog: pytest.LogCaptureFixture) -> None:
+    messages = said(caplog, EventKind.TIMEOUT)
+    assert "Backend worker error\nBackend worker did not respond in given time: timeout it was" in messages
 
 
 @pytest.mark.parametrize("kind", [EventKind.HANDLER_ERROR, EventKind.STREAM_CANCELLED, EventKind.REVIVED])
@@ -60,7 +70,9 @@ def test_what_ends_no_worker_is_no_line(caplog: pytest.LogCaptureFixture, kind: 
 
 def test_the_records_carry_the_workers_name(caplog: pytest.LogCaptureFixture) -> None:
     said(caplog, EventKind.READY)
-    assert {record.__dict__["worker"] for record in caplog.records} == {"W-9001-echo_1.0"}
+    assert {record.__dict__["worker"] for record in caplog.records if record.name == WORKERS.name} == {
+        "W-9001-echo_1.0"
+    }
 
 
 def test_an_event_log_tells_each_event() -> None:

@@ -24,25 +24,26 @@ def test_of_two_servers_that_start_at_once_one_is_refused_and_leaves_the_file_al
         with pytest.raises(StartupError, match="already running"), claimed():
             pass
         assert file.read_text() == str(os.getpid())
+        assert running_pid() == os.getpid()
         assert stat.S_IMODE(file.stat().st_mode) == 0o644
     assert not file.exists()
     with claimed():
-        assert file.exists()
+        assert running_pid() == os.getpid()
 
 
 def test_a_file_that_was_removed_just_before_the_lock_was_had_is_not_taken(
     file: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    flock = fcntl.flock
+    control = fcntl.fcntl
     locks: list[int] = []
 
-    def removed_before(descriptor: TextIO, operation: int) -> None:
+    def removed_before(descriptor: TextIO, command: int, lock: bytes) -> object:
         if not locks:
             file.unlink()
-        locks.append(operation)
-        flock(descriptor, operation)
+        locks.append(command)
+        return control(descriptor, command, lock)
 
-    monkeypatch.setattr("fcntl.flock", removed_before)
+    monkeypatch.setattr("fcntl.fcntl", removed_before)
     with claimed():
         assert file.read_text() == str(os.getpid())
     assert len(locks) == 2
@@ -68,10 +69,10 @@ def test_a_pid_of_no_server_is_none(file: Path, text: str) -> None:
     assert running_pid() is None
 
 
-def test_a_server_is_known_by_its_command(file: Path) -> None:
-    command = [sys.executable, "-c", "input()", "-m", "minserve", "torchserve"]
-    with subprocess.Popen(command, stdin=subprocess.PIPE) as process:
-        file.write_text(str(process.pid))
-        assert running_pid() == process.pid
-        process.communicate(b"\n")
-    assert running_pid() is None
+def test_an_old_pid_that_another_program_has_by_now_is_no_server_unless_it_is_a_torchserve(file: Path) -> None:
+    for name, known in (("minserve torchserve", False), ("org.pytorch.serve.ModelServer", True)):
+        with subprocess.Popen([sys.executable, "-c", "input()", *name.split()], stdin=subprocess.PIPE) as process:
+            file.write_text(str(process.pid))
+            assert running_pid() == (process.pid if known else None)
+            process.communicate(b"\n")
+        assert running_pid() is None

@@ -23,6 +23,9 @@ if TYPE_CHECKING:
 # Names that handlers look at.
 PROFILER_AVAILABLE = True
 PT2_AVAILABLE = True
+PT230_AVAILABLE = True
+XLA_AVAILABLE = False
+IPEX_AVAILABLE = False
 ONNX_AVAILABLE = importlib.util.find_spec("onnxruntime") is not None
 
 logger = logging.getLogger(__name__)

@@ -1,0 +1,3 @@
+"""A package that comes with --extra-files."""
+
+TITLE = "in pieces"
