@@ -175,7 +175,7 @@ def test_two_servers_of_one_user_do_not_meet() -> None:
 
 def minserve(verb: str, runtime: Path, *arguments: str, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-m", "minserve", verb, *arguments]
-    environ = {**os.environ, "XDG_RUNTIME_DIR": str(runtime)}
+    environ = {**os.environ, "MINSERVE_RUNTIME_DIR": str(runtime)}  # servers that really run here are left alone
     return subprocess.run(command, capture_output=True, text=True, env=environ, timeout=60, cwd=cwd, check=False)
 
 
@@ -188,7 +188,9 @@ def test_detached_start_status_and_stop(tmp_path: Path) -> None:
     assert started.returncode == 0, started.stderr
     pid = int(started.stdout.partition("pid ")[2].partition(",")[0])
     try:
-        described = json.loads(minserve("status", tmp_path, "--json").stdout)
+        status = minserve("status", tmp_path, "--json")
+        assert status.returncode == 0, status.stderr
+        described = json.loads(status.stdout)
         assert [model["modelName"] for model in described] == ["echo"]
         until(lambda: "READY" in minserve("status", tmp_path).stdout)
         stopped = minserve("stop", tmp_path)
