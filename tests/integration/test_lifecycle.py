@@ -179,24 +179,25 @@ def minserve(verb: str, runtime: Path, *arguments: str, cwd: Path | None = None)
     return subprocess.run(command, capture_output=True, text=True, env=environ, timeout=60, cwd=cwd, check=False)
 
 
-def test_detached_start_status_and_stop(tmp_path: Path) -> None:
+def test_detached_start_status_and_stop(tmp_path: Path, tmp_path_factory: pytest.TempPathFactory) -> None:
+    runtime = tmp_path_factory.mktemp("r")  # sockets' addresses have 107 bytes
     store = tmp_path / "store"
     store.mkdir()
     (store / "echo").symlink_to(DEMO_MODELS / "echo")
     ports = ["--inference-port", "0", "--management-port", "0", "--metrics-port", "0"]
-    started = minserve("start", tmp_path, "--model-store", str(store), "--detach", *ports, cwd=tmp_path)
+    started = minserve("start", runtime, "--model-store", str(store), "--detach", *ports, cwd=tmp_path)
     assert started.returncode == 0, started.stderr
     pid = int(started.stdout.partition("pid ")[2].partition(",")[0])
     try:
-        status = minserve("status", tmp_path, "--json")
+        status = minserve("status", runtime, "--json")
         assert status.returncode == 0, status.stderr
         described = json.loads(status.stdout)
         assert [model["modelName"] for model in described] == ["echo"]
-        until(lambda: "READY" in minserve("status", tmp_path).stdout)
-        stopped = minserve("stop", tmp_path)
+        until(lambda: "READY" in minserve("status", runtime).stdout)
+        stopped = minserve("stop", runtime)
         assert (stopped.returncode, stopped.stdout) == (0, f"minserve: stopped pid {pid}\n")
         until(lambda: not psutil.pid_exists(pid))
     finally:
         if psutil.pid_exists(pid):
             os.kill(pid, signal.SIGKILL)
-    assert "no server is running" in minserve("stop", tmp_path).stdout
+    assert "no server is running" in minserve("stop", runtime).stdout
