@@ -7,7 +7,6 @@ import contextlib
 import json
 import os
 import signal
-import subprocess
 import sys
 import tempfile
 import time
@@ -155,7 +154,7 @@ def _serve(options: ServerOptions, log_file: Path | None) -> None:
 
 def _detach(log_file: Path) -> None:
     """Starts the same command in the background and waits until it listens, or has said why it does not."""
-    from minserve.worker.runtime import live_servers
+    from minserve import background
 
     _obey_signals()
     arguments = [argument for argument in sys.argv[1:] if argument != "--detach"]
@@ -165,35 +164,25 @@ def _detach(log_file: Path) -> None:
         with log_file.open("ab") as log:
             begin = log.tell()
             # The log itself is the server's own affair. What goes past it, a traceback from the depths, ends up there too.
-            # -P: a `queue.py` in the current folder is not Python's.
-            process = subprocess.Popen(
-                [sys.executable, "-P", "-m", "minserve", *arguments],
-                stdin=subprocess.DEVNULL,
-                stdout=log,
-                stderr=log,
-                start_new_session=True,
-            )
+            process = background.start(arguments, log)
     except OSError as error:
         _fail(f"--log-file {log_file}: {error.strerror}")
     try:
-        deadline = time.monotonic() + DETACH_TIMEOUT_S
-        while time.monotonic() < deadline:
-            if process.poll() is not None:
-                with log_file.open("rb") as log:
-                    log.seek(begin if begin <= log_file.stat().st_size else 0)  # it may be a new file by now
-                    typer.echo(log.read().decode("utf-8", "replace").rstrip(), err=True)
-                raise typer.Exit(process.returncode or 1)
-            for server in live_servers(os.environ):
-                if server.pid == process.pid:
-                    typer.echo(f"minserve is starting in the background, pid {server.pid}, log {log_file}")
-                    typer.echo(f"  inference   {server.inference}\n  management  {server.management}")
-                    if server.metrics:
-                        typer.echo(f"  metrics     {server.metrics}/metrics")
-                    return
-            time.sleep(0.05)
+        server = background.wait(process, os.environ, DETACH_TIMEOUT_S)
     except KeyboardInterrupt:
         process.terminate()
         raise
+    if server is not None:
+        typer.echo(f"minserve is starting in the background, pid {server.pid}, log {log_file}")
+        typer.echo(f"  inference   {server.inference}\n  management  {server.management}")
+        if server.metrics:
+            typer.echo(f"  metrics     {server.metrics}/metrics")
+        return
+    if process.poll() is not None:
+        with log_file.open("rb") as log:
+            log.seek(begin if begin <= log_file.stat().st_size else 0)  # it may be a new file by now
+            typer.echo(log.read().decode("utf-8", "replace").rstrip(), err=True)
+        raise typer.Exit(process.returncode or 1)
     process.terminate()
     _fail(f"the server did not listen within {DETACH_TIMEOUT_S:g} s, see {log_file}")
 

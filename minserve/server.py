@@ -115,9 +115,9 @@ class Server:
             found = await self._read_models(inventory)
             if found is None:
                 return
-            models, broken = found
             self._listeners = bind_all(places(options))
             tls = any(listener.address.tls for listener in self._listeners)
+            # Before any rank starts: its files may be wrong.
             identity = read_identity(options) if tls else None
             context = tls_context(identity) if identity is not None else None
             self._keys = make_keys(options)
@@ -125,16 +125,11 @@ class Server:
                 *(self._runtime, inventory, environment_of_models(options, self._environ), self._worker_changed),
                 *(options, self._on_event, metrics),
             )
-            self.registry.broken = broken
+            models, self.registry.broken = found
             # Those who own devices choose first; plain single processes share what is left.
             for model in sorted(models, key=lambda model: model.spec.config.parallel_type is ParallelType.NONE):
                 self.registry.add(model)
-            await self._listen(context)
-            certificate = identity.certificate.decode() if identity is not None else ""
-            urls = (self.inference_url, self.management_url, self.metrics_url)
-            key_file = str(self._keys.path) if self._keys is not None else ""
-            self._runtime.tell(LiveServer(os.getpid(), *urls, certificate, key_file))
-            logger.info("inference on %s, management on %s, metrics on %s", *urls[:2], urls[2] or "no address")
+            await self._listen(context, identity.certificate.decode() if identity is not None else "")
             self.listening.set()
             if not options.disable_system_metrics:
                 system.start()
@@ -189,7 +184,8 @@ class Server:
             return None
         return reading.result()
 
-    async def _listen(self, context: ssl.SSLContext | None) -> None:
+    async def _listen(self, context: ssl.SSLContext | None, certificate: str) -> None:
+        """Accepts on every address, and tells other commands of this user where."""
         urls: dict[Role, str] = {}
         for listener in self._listeners:
             app_runner = runner(self._application(listener.roles), self._options)
@@ -199,6 +195,10 @@ class Server:
             urls = dict.fromkeys(listener.roles, listener.address.url) | urls
         self.inference_url, self.management_url = urls[Role.INFERENCE], urls[Role.MANAGEMENT]
         self.metrics_url = urls.get(Role.METRICS, "")
+        where = (self.inference_url, self.management_url, self.metrics_url)
+        key_file = str(self._keys.path) if self._keys is not None else ""
+        self._runtime.tell(LiveServer(os.getpid(), *where, certificate, key_file))
+        logger.info("inference on %s, management on %s, metrics on %s", *where[:2], where[2] or "no address")
 
     def _application(self, roles: Set[Role]) -> web.Application:
         if {Role.INFERENCE, Role.MANAGEMENT} <= roles:

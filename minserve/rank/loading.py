@@ -98,7 +98,7 @@ def _import(model_dir: Path, file: str, archive: bool) -> ModuleType:
     names = [file, f"{file}.py"] + [last, f"{last}.py"] * archive
     path = next((model_dir / name for name in names if (model_dir / name).is_file()), None)
     if path is not None:
-        return _import_file(path)
+        return import_file(path, "handler")
     if file.endswith(".py") and not archive:
         raise HandlerError(f"there is no handler file {model_dir / file}")
     name = last.removesuffix(".py")
@@ -136,10 +136,19 @@ def _in_envelope(handle: Callable[..., object], name: str) -> Callable[..., obje
     return kinds[0](handle).handle
 
 
-def _import_file(path: Path) -> ModuleType:
-    # Under its own name, so that `import handler` elsewhere in the model directory finds this same module; but a file called
-    # json.py must not take the place of a module that others have imported.
-    name = path.stem if path.stem not in sys.modules else f"minserve_handler_{path.stem}"
+def import_file(path: Path, kind: str) -> ModuleType:
+    """The module of a file of the model directory.
+
+    Under its own name, so that an import of that name elsewhere in the directory finds this same module; but a file called
+    json.py must not take the place of a module that others have imported, and is then called after its `kind`.
+
+    Raises:
+        HandlerError: it is not a Python file.
+    """
+    known = sys.modules.get(path.stem)
+    if known is not None and os.path.realpath(getattr(known, "__file__", None) or "") == os.path.realpath(path):
+        return known
+    name = path.stem if known is None else f"minserve_{kind}_{path.stem}"
     spec = importlib.util.spec_from_file_location(name, path)
     if spec is None or spec.loader is None:
         raise HandlerError(f"{path} is not a Python file")

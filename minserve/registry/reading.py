@@ -94,7 +94,7 @@ async def read_model(
             own = _own_folder(runtime)
         model = await _with_packages(model, options, own)
     except BaseException:
-        await _remove(own)
+        await remove(own)
         raise
     return dataclasses.replace(model, source=source, extracted=own)
 
@@ -127,10 +127,11 @@ async def _with_packages(model: ValidModel, options: ServerOptions, own: Path | 
 
 async def discard(model: ValidModel) -> None:
     """Removes what was extracted for a model that is not served after all."""
-    await _remove(model.extracted)
+    await remove(model.extracted)
 
 
-async def _remove(directory: Path | None) -> None:
+async def remove(directory: Path | None) -> None:
+    """Removes the folder of an archive's files, if there is one."""
     if directory is not None:
         await asyncio.to_thread(shutil.rmtree, directory, ignore_errors=True)
 

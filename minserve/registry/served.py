@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
-import shutil
 from typing import TYPE_CHECKING
+
+from minserve.registry.reading import remove
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -82,7 +83,7 @@ class ServedModel:
         self.spec, self.workers = spec, workers
         await self.supervisor.settled()
         if before != self.extracted:
-            await _remove(before)
+            await remove(before)
 
     async def end(self, refusal: MinServeError, timeout: float, drain_timeout: float) -> bool:
         """Answers all requests, those that wait too, then ends the workers and removes what was extracted.
@@ -103,7 +104,7 @@ class ServedModel:
         finally:
             if not in_time:
                 await self.supervisor.stop(0.0, refusal)
-            await _remove(self.extracted)
+            await remove(self.extracted)
         return in_time
 
     async def _answered(self, timeout: float) -> None:
@@ -119,8 +120,3 @@ class ServedModel:
 def _sized(spec: ModelSpec, fewest: int, most: int) -> ModelSpec:
     config = spec.config.model_copy(update={"min_workers": fewest, "max_workers": most})
     return dataclasses.replace(spec, config=config)
-
-
-async def _remove(directory: Path | None) -> None:
-    if directory is not None:
-        await asyncio.to_thread(shutil.rmtree, directory, ignore_errors=True)

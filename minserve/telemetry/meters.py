@@ -21,6 +21,7 @@ from minserve.telemetry.declarations import (
 )
 from minserve.telemetry.metrics import HOST, Metrics
 from minserve.telemetry.series import Histogram
+from minserve.telemetry.torchserve_workers import worker_name
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Sequence
@@ -34,7 +35,6 @@ STAGE_BOUNDS = (
     *(0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0),
 )
 DEFAULT_VERSION = "default"  # the label of a request that names no version
-FIRST_PORT = 9000  # TorchServe names its workers by their ports, which count from here
 
 
 class ModelMeters:
@@ -124,7 +124,7 @@ class ModelMeters:
 
     def loaded(self, worker: int, seconds: float) -> None:
         """A worker is READY, so many seconds after its start."""
-        name = f"W-{FIRST_PORT + worker}-{self._model}_{self._version}"
+        name = worker_name(self._model, self._version, worker)
         self._metrics.of_server(LOAD_TIME, name, HOST).record(round(seconds * 1e3))
 
     def from_rank(self, rank: int, values: Iterable[Recorded]) -> None:

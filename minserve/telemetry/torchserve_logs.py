@@ -12,7 +12,7 @@ import time
 from typing import TYPE_CHECKING
 
 from minserve.telemetry.logging import OUTPUT, LogFile, Writer, one_record, to_stdout
-from minserve.telemetry.torchserve_workers import WORKERS, worker_name
+from minserve.telemetry.torchserve_workers import WORKERS, name_of
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -123,7 +123,7 @@ class _Line(logging.Formatter):
 
     def _of_a_rank(self, record: logging.LogRecord, level: str, line: str) -> str:
         source, _, text = line.partition(" | ")
-        worker = worker_name(source.partition(" ")[0])
+        worker = name_of(source.partition(" ")[0])
         return f"{_moment(record)} [{level:5}] {worker}-stdout MODEL_LOG - {text}"
 
 

@@ -27,15 +27,16 @@ FAULTS = frozenset(
 )
 
 
-def worker_name(who: str) -> str:
-    """`W-9000-echo_1.0`, as TorchServe would call the worker that we call "echo/0" or "echo:2.0/0"."""
+def worker_name(model: str, version: str, number: int) -> str:
+    """`W-9000-echo_1.0`, as TorchServe would call the first worker of echo."""
+    return f"W-{FIRST_PORT + number}-{model}_{version}"
+
+
+def name_of(who: str) -> str:
+    """The same of a worker that we call "echo/0" or "echo:2.0/0"."""
     title, _, number = who.rpartition("/")
     model, _, version = title.partition(":")
-    return f"W-{_port(number)}-{model}_{version or '1.0'}"
-
-
-def _port(number: str) -> int:
-    return FIRST_PORT + int(number) if number.isdecimal() else FIRST_PORT
+    return worker_name(model, version or "1.0", int(number) if number.isdecimal() else 0)
 
 
 class WorkerLines:
@@ -52,7 +53,7 @@ class WorkerLines:
         """
         if event.worker is None:
             return
-        worker = worker_name(f"{title}/{event.worker}")
+        worker, port = name_of(f"{title}/{event.worker}"), FIRST_PORT + event.worker
         match event.kind:
             case EventKind.READY:
                 logging.getLogger(OUTPUT).info("%s/%s | Torch worker started.", title, event.worker)
@@ -63,16 +64,16 @@ class WorkerLines:
                     _say(worker, "Auto recovery succeeded, reset recoveryStartTS")
             case EventKind.RESTART:
                 seconds = event.detail.removeprefix("restart in ").removesuffix(" s")
-                _say(worker, f"Retry worker: {_port(str(event.worker))} in {seconds} seconds.")
+                _say(worker, f"Retry worker: {port} in {seconds} seconds.")
             case EventKind.GIVEN_UP:
                 self._recovering.discard(worker)
                 _say(worker, f"Auto recovery failed, {event.detail}", logging.WARNING)
             case kind if kind in FAULTS:
-                self._failed(title, worker, event)
+                self._failed(title, worker, port, event)
 
-    def _failed(self, title: str, worker: str, event: Event) -> None:
+    def _failed(self, title: str, worker: str, port: int, event: Event) -> None:
         state = "WORKER_STARTED" if event.kind is EventKind.START_FAILED else "WORKER_MODEL_LOADED"
-        _say(worker, f"{_port(str(event.worker))} Worker disconnected. {state}")
+        _say(worker, f"{port} Worker disconnected. {state}")
         if event.kind is EventKind.START_FAILED:
             model = title.partition(":")[0]
             _say(worker, f"Load model failed: {model}, error: Worker died. {event.detail}", logging.WARNING)

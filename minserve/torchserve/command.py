@@ -3,27 +3,24 @@
 from __future__ import annotations
 
 import argparse
-import contextlib
 import os
 import shlex
 import signal
-import subprocess
 import sys
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import minserve
+from minserve import background
 from minserve.errors import MinServeError
 from minserve.torchserve.pidfile import running_pid
 from minserve.torchserve.settings import read_settings
-from minserve.worker.runtime import live_servers
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
 
 TORCHSERVE_VERSION = "0.12.0"  # whose behaviour this is
-KEY_FILE = "key_file.json"
 START_TIMEOUT_S = 10.0  # then the shell is told that it is well: it goes on in the background
 STOP_TIMEOUT_S = 60.0
 QUICK_STOP_S = 10.0  # without --foreground; a start right behind it finds the ports free, most often
@@ -86,8 +83,6 @@ def _stop(timeout: float, tell: bool) -> int:
     if pid is None:
         print("TorchServe is not currently running.")
         return 0
-    with contextlib.suppress(OSError):
-        Path(KEY_FILE).unlink()
     try:
         os.kill(pid, signal.SIGTERM)
     except PermissionError:
@@ -126,19 +121,9 @@ def _start(given: argparse.Namespace, arguments: Sequence[str], environ: Mapping
 
 def _in_background(arguments: Sequence[str], environ: Mapping[str, str]) -> int:
     """Starts the same command again, in the background, and waits until it listens, or has said why it does not."""
-    process = subprocess.Popen(
-        # -P: a `queue.py` in the current folder is not Python's.
-        [sys.executable, "-P", "-m", "minserve", "torchserve", "--foreground", *arguments],
-        stdin=subprocess.DEVNULL,
-        start_new_session=True,
-    )
-    deadline = time.monotonic() + START_TIMEOUT_S
-    while time.monotonic() < deadline:
-        if process.poll() is not None:
-            return process.returncode or 1
-        if any(server.pid == process.pid for server in live_servers(environ)):
-            break
-        time.sleep(0.05)
+    process = background.start(["torchserve", "--foreground", *arguments])
+    if background.wait(process, environ, START_TIMEOUT_S) is None and process.poll() is not None:
+        return process.returncode or 1
     return 0
 
 

@@ -6,7 +6,6 @@ import contextlib
 import os
 import re
 import shutil
-import socket
 import subprocess
 import sys
 import tempfile
@@ -17,6 +16,7 @@ from pathlib import Path
 import psutil
 
 from tests.chaos.catalogue import Model, build_store
+from tests.ports import free_ports
 
 REPOSITORY = Path(__file__).parents[2]
 SITE = Path(__file__).parent / "site"
@@ -42,7 +42,7 @@ class ChaosServer:
         for folder in (self.control, self._runtime, self._temporary):
             folder.mkdir()
         build_store(self.home / "store", models)
-        self._ports = _free_ports()
+        self._ports = free_ports(2)
         self._log = self.home / "log"
         self._process: subprocess.Popen[bytes] | None = None
         self.generation = 0
@@ -188,20 +188,3 @@ def environment(pid: int) -> list[bytes]:
 def _incarnation(pid: int) -> bytes:
     """The start of a worker that a process belongs to."""
     return next((entry for entry in environment(pid) if entry.startswith(b"MINSERVE_WORKER=")), b"")
-
-
-def _free_ports() -> tuple[int, int]:
-    """Two ports that nobody listens on, outside the range from which the kernel gives ports to clients."""
-    low = int(Path("/proc/sys/net/ipv4/ip_local_port_range").read_text().split()[0])
-    found = []
-    for port in range(low - 1, 1024, -1):
-        with socket.socket() as probe:
-            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            try:
-                probe.bind(("127.0.0.1", port))
-            except OSError:
-                continue
-        found.append(port)
-        if len(found) == 2:
-            return found[0], found[1]
-    raise OSError("no free ports")

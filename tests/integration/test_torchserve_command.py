@@ -11,13 +11,14 @@ import stat
 import subprocess
 import sys
 from collections.abc import Iterator
-from contextlib import ExitStack
 from pathlib import Path
 
+import psutil
 import pytest
 
 from minserve.torchserve.pidfile import PID_FILE
-from tests.integration.servers import Answer, call, until
+from tests.integration.servers import Answer, call, gone, until
+from tests.ports import free_ports
 
 HANDLER = """
 def handle(data, context):
@@ -34,9 +35,7 @@ class Home:
         (folder / "tmp").mkdir()
         (folder / "store").mkdir()
         (folder / "handler.py").write_text(HANDLER)
-        with ExitStack() as stack:
-            sockets = [stack.enter_context(socket.create_server(("127.0.0.1", 0))) for _ in range(3)]
-            self.inference, self.management, self.metrics = (one.getsockname()[1] for one in sockets)
+        self.inference, self.management, self.metrics = free_ports(3)
         self.output = folder / "output"
 
     def configure(self, name: str, *more: str) -> None:
@@ -106,11 +105,7 @@ def home(tmp_path: Path) -> Iterator[Home]:
     pid = home.pid()
     home.run("torchserve", "--stop", "--foreground")
     if pid is not None:
-        until(lambda: not Path(f"/proc/{pid}").exists() or _is_zombie(pid), DEADLINE_S, "the server's end")
-
-
-def _is_zombie(pid: int) -> bool:
-    return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "Z"
+        until(lambda: not psutil.pid_exists(pid) or gone([psutil.Process(pid)]), DEADLINE_S, "the server's end")
 
 
 def test_a_server_is_started_scaled_stopped_and_started_again_from_its_snapshot(home: Home) -> None:

@@ -31,7 +31,7 @@ ARCHIVES = (
     Archive("echo", "echo", "2.0", file="echo-two"),
     Archive("replies", "replies"),
     Archive("eager", "eager", "1.5", "weights.pt", ("--model-file", "model.py", "--extra-files", "index_to_name.json")),
-    Archive("scripted", "scripted", "1.0", "scripted.pt", ("--extra-files", "index_to_name.json")),
+    Archive("scripted", "eager", "1.0", "scripted.pt", ("--extra-files", "index_to_name.json")),
     Archive("image", "image", "1.0", "image.pt", ("--model-file", "model.py", "--extra-files", "index_to_name.json")),
     Archive("tp4", "tp4", flags=("--config-file", "model-config.yaml")),
     Archive("batch", "batch", flags=("--config-file", "model-config.yaml")),

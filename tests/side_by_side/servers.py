@@ -6,7 +6,6 @@ import contextlib
 import json
 import os
 import signal
-import socket
 import subprocess
 import time
 from dataclasses import dataclass
@@ -14,10 +13,12 @@ from typing import TYPE_CHECKING
 
 import psutil
 
+from minserve.testing import until
+from tests.ports import free_ports
 from tests.side_by_side import calls
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Mapping, Sequence
+    from collections.abc import Iterator, Mapping, Sequence
     from pathlib import Path
 
     from tests.side_by_side.calls import Answer, Call
@@ -70,7 +71,7 @@ def running(
     """
     folder.mkdir()
     (folder / "tmp").mkdir()
-    ports = dict(zip([*PORTS, "grpc_inference", "grpc_management"], _free_ports(5), strict=True))
+    ports = dict(zip([*PORTS, "grpc_inference", "grpc_management"], free_ports(5), strict=True))
     properties = [f"{port}_address=http://127.0.0.1:{ports[port]}" for port in PORTS]
     properties += [f"grpc_{port}_port={ports[f'grpc_{port}']}" for port in ("inference", "management")]
     (folder / "config.properties").write_text("\n".join([*properties, *life.properties, ""]))
@@ -88,8 +89,9 @@ def running(
         )
     family = psutil.Process(process.pid)
     try:
-        _until(
+        until(
             lambda: process.poll() is not None or "Model server started" in (folder / "output").read_text(),
+            DEADLINE_S,
             f"{command[0]} to start",
         )
         if process.poll() is not None:
@@ -97,26 +99,11 @@ def running(
         yield Running(folder, ports)
     finally:
         everyone = [family, *family.children(recursive=True)] if process.poll() is None else []
-        os.killpg(process.pid, signal.SIGTERM)
+        if everyone:
+            os.killpg(process.pid, signal.SIGTERM)
         with contextlib.suppress(subprocess.TimeoutExpired):
             process.wait(30)
         for one in everyone:
             with contextlib.suppress(psutil.Error):
                 one.kill()
         process.wait()
-
-
-def _free_ports(count: int) -> list[int]:
-    with contextlib.ExitStack() as stack:
-        sockets = [stack.enter_context(socket.socket()) for _ in range(count)]
-        for one in sockets:
-            one.bind(("127.0.0.1", 0))
-        return [one.getsockname()[1] for one in sockets]
-
-
-def _until(condition: Callable[[], bool], what: str) -> None:
-    deadline = time.monotonic() + DEADLINE_S
-    while not condition():
-        if time.monotonic() > deadline:
-            raise TimeoutError(f"waited {DEADLINE_S:g} s for {what}")
-        time.sleep(0.1)

@@ -18,6 +18,7 @@ SERVER_HALF = [
     {"__main__"},
     {"cli"},
     {"archiver", "checking", "console", "replay", "torchserve"},
+    {"background"},
     {"playlist"},
     {"recording"},
     {"client"},

@@ -6,7 +6,7 @@ import pytest
 
 from minserve.telemetry.events import Event, EventKind, EventLog
 from minserve.telemetry.logging import OUTPUT
-from minserve.telemetry.torchserve_workers import WORKERS, WorkerLines, worker_name
+from minserve.telemetry.torchserve_workers import WORKERS, WorkerLines, name_of
 
 
 def said(caplog: pytest.LogCaptureFixture, *kinds: EventKind, lines: WorkerLines | None = None) -> list[str]:
@@ -25,7 +25,7 @@ def said(caplog: pytest.LogCaptureFixture, *kinds: EventKind, lines: WorkerLines
     [("echo/0", "W-9000-echo_1.0"), ("echo:2.0/3", "W-9003-echo_2.0"), ("a.b-c/12", "W-9012-a.b-c_1.0")],
 )
 def test_a_worker_has_torchserves_name(who: str, name: str) -> None:
-    assert worker_name(who) == name
+    assert name_of(who) == name
 
 
 def test_a_death_and_the_recovery_from_it(caplog: pytest.LogCaptureFixture) -> None:

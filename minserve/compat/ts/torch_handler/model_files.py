@@ -7,16 +7,15 @@ import importlib.util
 import logging
 import os
 import pickle
-import sys
-from typing import TYPE_CHECKING, Any
+from pathlib import Path
+from typing import Any
 
 import psutil
 import torch
 
-from ..utils.util import list_classes_from_module
+from minserve.rank.loading import import_file
 
-if TYPE_CHECKING:
-    from types import ModuleType
+from ..utils.util import list_classes_from_module
 
 logger = logging.getLogger(__name__)
 
@@ -55,7 +54,7 @@ def load_eager(model_dir: str, model_file: str, weights: str | None, device: tor
     path = os.path.join(model_dir, model_file)
     if not os.path.isfile(path):
         raise RuntimeError(f"Missing the {model_file} file, which the manifest names as modelFile: {path}")
-    classes = list_classes_from_module(_import(path))
+    classes = list_classes_from_module(import_file(Path(path), "model"))
     if len(classes) != 1:
         found = ", ".join(kind.__name__ for kind in classes) or "none"
         raise ValueError(f"Expected only one class as model definition in {model_file}, found {found}")
@@ -63,22 +62,6 @@ def load_eager(model_dir: str, model_file: str, weights: str | None, device: tor
     if weights:
         model.load_state_dict(load_saved(weights, device))
     return model
-
-
-def _import(path: str) -> ModuleType:
-    """The module under its own name, so that others who import it find the same; unless that name is taken already."""
-    name = os.path.basename(path).partition(".")[0]
-    known = sys.modules.get(name)
-    if known is not None and os.path.realpath(getattr(known, "__file__", None) or "") == os.path.realpath(path):
-        return known
-    name = name if known is None else f"minserve_model_{name}"
-    spec = importlib.util.spec_from_file_location(name, path)
-    if spec is None or spec.loader is None:
-        raise RuntimeError(f"{path} is not a Python file")
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[name] = module
-    spec.loader.exec_module(module)
-    return module
 
 
 def load_saved(path: str, device: torch.device | str | None = None) -> Any:
