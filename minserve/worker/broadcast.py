@@ -1,32 +1,31 @@
 """The one owner of order in a worker: it numbers the batches, sends each to every rank, and matches what comes back.
 
 Every rank must see the same batches in the same order, or the collectives inside the handlers pair up wrong and answers get
-mixed. Three rules make that a property of this file:
+mixed. Two rules make that a property of this file:
 
 * `send` gives a batch its seq and writes it to all links in one callback, with no await in between.
 * Before that, `has_place` has seen room on every link, so all ranks get the batch or none does.
-* A rank that raised goes no further until it gets CONTINUE, which is sent only when all ranks have left the batch with the
-  same error. An exception on some ranks ends the worker: its ranks are no longer at the same place.
+
+What an exception on a rank means for the others is judged in `failures`, how long all of it may take in `time_limits`.
 """
 
 from __future__ import annotations
 
 import functools
-import logging
-import math
-from collections import deque
 from typing import TYPE_CHECKING
 
-from minserve.dispatch.clock import Alarm
 from minserve.dispatch.dispatcher import DESCRIBE
-from minserve.errors import BadRequest, HandlerError, HandlerOutOfMemory, MinServeError, ResponseTimeout, WireError
+from minserve.errors import BadRequest, MinServeError, ResponseTimeout, WireError
 from minserve.telemetry.events import EventKind
 from minserve.telemetry.meters import unwatched
-from minserve.wire.frames import MAX_META_BYTES, PROBE, Kind, header
-from minserve.wire.messages import Answers, Batch, Failure, pack, pack_with_body, split_body, unpack
-from minserve.worker.blame import Cause, What, culprit
+from minserve.wire.frames import MAX_META_BYTES, PROBE, Kind
+from minserve.wire.messages import Answers, Batch, Failure, pack, pack_with_body, unpack
+from minserve.worker.blame import Cause, culprit
+from minserve.worker.failures import Failures
 from minserve.worker.outstanding import Outstanding
+from minserve.worker.replies import answers_of, whole_answers
 from minserve.worker.streams import Streams
+from minserve.worker.time_limits import TimeLimits
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -38,8 +37,6 @@ if TYPE_CHECKING:
     from minserve.wire.messages import Answer, Buffer
     from minserve.worker.outstanding import Limits, RankLink
     from minserve.worker.recorder import Recorder
-
-logger = logging.getLogger(__name__)
 
 # Up to here one copy of the whole frame costs less than handing its pieces to every link.
 SMALL_BYTES = 16 * 1024
@@ -80,7 +77,6 @@ class Broadcast:
         on_event: Callable[[EventKind, str, int, int], None],
         meters: ModelMeters | None = None,
     ) -> None:
-        self._clock = clock
         self._meters = unwatched() if meters is None else meters
         self._links = links
         self._limits = limits
@@ -92,13 +88,8 @@ class Broadcast:
         self._seq = 0
         self._outstanding: dict[int, Outstanding] = {}
         self._streams = Streams(links, limits, steps)
-        self._due_alarm = Alarm(clock, self._look_at_due)
-        self._grace_alarm = Alarm(clock, self._grace_over)
-        # Exceptions of the batches that are in doubt. While there are any, no new batch goes out.
-        self.causes: list[Cause] = []
-        # Seq, type and place of the latest failures in step: a rank's report of one may come after its batch is over.
-        self._continued: deque[tuple[int, str, str]] = deque(maxlen=64)
-        self._crowded_until = math.inf  # how long it is borne that a link has no room
+        self._time = TimeLimits(clock, links, limits, self._outstanding, self._silent, self._overdue)
+        self._failures = Failures(clock, links, limits, who, self._outstanding, on_broken, on_event)
         self.batches_done = 0
         self.first_seq = 0
         self.recorder: Recorder | None = None
@@ -108,18 +99,16 @@ class Broadcast:
 
     def has_place(self) -> bool:
         """Whether a batch may go now. With a slow link the answer is no, and only this worker waits for it."""
-        if len(self._outstanding) >= self._limits.in_flight or self.causes:
+        if len(self._outstanding) >= self._limits.in_flight or self._failures.causes:
             return False
         return all(link.has_room for link in self._links)
 
     def room_changed(self) -> None:
         """A link has come to have no room for another batch, or has room again."""
-        if all(link.has_room for link in self._links):
-            self._crowded_until = math.inf
+        crowded = not all(link.has_room for link in self._links)
+        self._time.crowded(crowded)
+        if not crowded:
             self._on_free()
-        elif self._crowded_until == math.inf:
-            self._crowded_until = self._clock.time() + self._limits.response_timeout
-            self._due_alarm.at(self._crowded_until)
 
     def send(self, requests: list[Request]) -> None:
         """Broadcasts one batch."""
@@ -135,11 +124,11 @@ class Broadcast:
             pieces = [b"".join(pieces)]
         for request in requests:
             request.worker = self._who
-        self._write(pieces, requests)  # only now: a batch that cannot be encoded must not leave a gap in the numbers
+        # Only now: a batch that cannot be encoded must not leave a gap in the numbers.
+        batch = self._write(pieces, requests)
         self.first_seq = self.first_seq or self._seq
-        batch, written = self._outstanding[self._seq], self._meters.now()
-        batch.began, batch.written = began, written
-        self._meters.batch_sent(len(requests), began, written)
+        batch.began, batch.written = began, self._meters.now()
+        self._meters.batch_sent(len(requests), began, batch.written)
         if self.recorder is not None:
             self.recorder.batch(self._seq, requests)
 
@@ -149,21 +138,21 @@ class Broadcast:
         Args:
             on_passed: called when every rank has passed it.
         """
-        self._write([pack(Kind.BATCH, Batch(()), self._seq + 1, PROBE)], [])
-        self._outstanding[self._seq].on_passed = on_passed
+        self._write([pack(Kind.BATCH, Batch(()), self._seq + 1, PROBE)], []).on_passed = on_passed
 
-    def _write(self, pieces: Sequence[Buffer], requests: list[Request]) -> None:
+    def _write(self, pieces: Sequence[Buffer], requests: list[Request]) -> Outstanding:
         self._seq += 1
         for link in self._links:  # no await here, ever: this loop is what makes the order common to all ranks
             link.write(pieces)
-        limit = self._limit()
-        # A batch behind others counts from when it becomes the oldest, see _finish.
-        due = self._clock.time() + limit if not self._outstanding or self._limits.any_order else math.inf
-        self._outstanding[self._seq] = Outstanding(self._seq, requests, limit, due, self._limits.stream_ahead)
-        self._due_alarm.at(due)
+        batch = Outstanding(self._seq, requests, granted=self._limits.stream_ahead)
+        self._time.begin(batch)
+        self._outstanding[self._seq] = batch
+        return batch
 
-    def _limit(self) -> float:
-        return self._limits.response_timeout if self.batches_done else self._limits.first_batch_timeout
+    @property
+    def causes(self) -> list[Cause]:
+        """Exceptions of the batches that are in doubt."""
+        return self._failures.causes
 
     @property
     def busy(self) -> bool:
@@ -177,13 +166,14 @@ class Broadcast:
 
     def fail_all(self, error: MinServeError) -> None:
         """Hands back every request in flight; the group is gone."""
-        self._due_alarm.stop()
-        self._grace_alarm.stop()
-        outstanding, self._outstanding = self._outstanding, {}
+        self._time.stop()
+        self._failures.stop()
+        outstanding = list(self._outstanding.values())
+        self._outstanding.clear()
         if self.recorder is not None:
-            for seq in outstanding:
-                self.recorder.ended(seq, str(error))
-        requests = [request for batch in outstanding.values() for request in batch.requests]
+            for batch in outstanding:
+                self.recorder.ended(batch.seq, str(error))
+        requests = [request for batch in outstanding for request in batch.requests]
         if requests:
             self._on_lost(requests, error)
 
@@ -198,8 +188,7 @@ class Broadcast:
         before = batch.cancelled
         self._streams.govern(batch)
         if self._limits.any_order and batch.cancelled and not before:
-            batch.due = self._clock.time() + self._limits.response_timeout  # by then its task must have ended
-            self._due_alarm.at(batch.due)
+            self._time.cancelled(batch)
 
     # ── from a rank ──
 
@@ -213,13 +202,13 @@ class Broadcast:
         if batch is None:
             if 0 < frame.seq <= self._seq:
                 if frame.kind is Kind.ERROR:
-                    self._failed_late(link, frame.seq, unpack(Failure, frame.meta))
+                    self._failures.late(link, frame.seq, unpack(Failure, frame.meta))
                     return
                 if frame.kind is Kind.DONE and self._limits.reply_after_all:
                     return  # rank 0 alone has ended the batch: its answer was refused, or a pipeline passed a failure on
             raise WireError(f"{frame.kind.name} for batch {frame.seq}, which is not under way (last sent: {self._seq})")
         if frame.kind is Kind.ERROR:
-            self._failed(link, batch, self._checked(link, unpack(Failure, frame.meta)))
+            self._failed(link, batch, unpack(Failure, frame.meta))
         elif frame.kind is Kind.DONE:
             self._done(link, batch)
         elif link.rank != 0:
@@ -227,22 +216,14 @@ class Broadcast:
         elif frame.kind is Kind.CHUNK:
             self._chunk(batch, frame)
         elif self._limits.reply_after_all or not batch.requests:  # a probe is over when all ranks are through
-            batch.held = self._whole_answers(batch, frame)  # looked at now, while it is clear whose it is
+            batch.held = whole_answers(batch, frame)  # looked at now, while it is clear whose it is
             self._done(link, batch)
         else:
-            self._reply(batch, self._whole_answers(batch, frame))
-
-    def _whole_answers(self, batch: Outstanding, frame: Frame) -> list[tuple[Answer, Buffer]]:
-        meta = unpack(Answers, frame.meta)
-        answers = self._answers(batch, meta.answers, frame)
-        if len(answers) != len(batch.requests):
-            raise WireError(f"REPLY with {len(answers)} answers to a batch of {len(batch.requests)}")
-        batch.seconds = meta.seconds
-        return answers
+            self._reply(batch, whole_answers(batch, frame))
 
     def _reply(self, batch: Outstanding, answers: list[tuple[Answer, Buffer]]) -> None:
         if batch.failures:  # another rank has raised, or was cancelled
-            self._out_of_step(batch)
+            self._failures.out_of_step(batch)
             return
         meters, replied = self._meters, self._meters.now()
         counts = bool(batch.requests) and batch.requests[0].meta.operation != DESCRIBE  # which travels alone
@@ -264,7 +245,7 @@ class Broadcast:
             return  # nor is this chunk; whether the failure is in step is still open
         if batch.on_change is None:
             batch.on_change = functools.partial(self._clients_changed, batch)
-        for answer, body in self._answers(batch, meta.answers, frame):
+        for answer, body in answers_of(batch, meta.answers, frame):
             batch.requests[answer.index].chunk(answer, body, self._limits.stream_buffer, batch.on_change)
         batch.limit = self._limits.response_timeout
         self._clients_changed(batch)
@@ -274,17 +255,13 @@ class Broadcast:
         if batch.seq not in self._outstanding:
             return
         self._streams.govern(batch)
-        waits = batch.waits_for_grant and not batch.cancelled
-        batch.due = math.inf if waits else self._clock.time() + batch.limit
-        self._due_alarm.at(batch.due)
+        self._time.stepped(batch)
 
-    def _answers(self, batch: Outstanding, answers: tuple[Answer, ...], frame: Frame) -> list[tuple[Answer, Buffer]]:
-        if len(answers) == 1 and answers[0].index == 0 and answers[0].length == len(frame.body):
-            return [(answers[0], frame.body)]  # the usual case without batching
-        indexes = [answer.index for answer in answers]
-        if indexes != sorted(set(indexes)) or (indexes and not 0 <= indexes[0] <= indexes[-1] < len(batch.requests)):
-            raise WireError(f"{frame.kind.name} answers requests {indexes} of a batch of {len(batch.requests)}")
-        return list(zip(answers, split_body(frame.body, (answer.length for answer in answers)), strict=True))
+    def _failed(self, link: RankLink, batch: Outstanding, failure: Failure) -> None:
+        if self._failures.report(link, batch, failure):
+            self._finish(batch)
+        elif failure.kind == "chunk":  # its clients have had their answer, and wait for nothing more
+            self._clients_changed(batch)
 
     def _done(self, link: RankLink, batch: Outstanding) -> None:
         batch.done.add(link.rank)
@@ -303,155 +280,13 @@ class Broadcast:
             batch.on_passed()
         self.replied = max(self.replied, batch.seq)
         self.batches_done += bool(batch.requests)
-        if self._outstanding and not self._limits.any_order:
-            oldest = next(iter(self._outstanding.values()))
-            oldest.limit = self._limit()
-            oldest.due = min(oldest.due, self._clock.time() + oldest.limit)
-            self._due_alarm.at(oldest.due)
+        self._time.finished(batch)
         self._on_free()
-
-    # ── exceptions ──
-
-    def _failed(self, link: RankLink, batch: Outstanding, failure: Failure) -> None:
-        if failure.kind == "cancelled":
-            self._left_its_stream(link, batch, failure)
-            return
-        self._log(link, batch.seq, failure)
-        if failure.kind == "refused":  # by minserve, after handle returned: every rank is in step
-            self._answer_failed(batch, link, failure)
-            self._finish(batch)
-            return
-        if (
-            failure.kind == "chunk"
-        ):  # the stream goes on for nobody, so that the ranks stay in step, until it is cancelled
-            self._answer_failed(batch, link, failure)
-            self._clients_changed(batch)
-            return
-        batch.failures[link.rank] = failure
-        batch.causes.append(_cause(link, failure, self._clock.time(), probe=not batch.requests))
-        self.causes.append(batch.causes[-1])
-        if self._in_step(batch, failure) and batch.requests:
-            # With a pipeline another rank may be a batch ahead and have raised there: that one stays in doubt.
-            self.causes = [cause for cause in self.causes if cause not in batch.causes]
-            if not self.causes:
-                self._grace_alarm.stop()
-            first = batch.failures[min(batch.failures)]  # the same whichever rank's report came last
-            self._let_continue(batch, first)
-            self._answer_failed(batch, self._links[first.origin], first)
-            self._finish(batch)
-        elif len(batch.failures) == len(self._links):
-            self._out_of_step(batch)
-        else:
-            self._grace_alarm.at(self._clock.time() + self._limits.error_grace)
-
-    def _left_its_stream(self, link: RankLink, batch: Outstanding, failure: Failure) -> None:
-        """A rank has come to where its stream was cancelled. Others may be steps behind; the batch's own limit governs."""
-        if not batch.cancelled:
-            raise WireError(f"ERROR says that the stream of batch {batch.seq} was cancelled, which it was not")
-        batch.failures[link.rank] = failure
-        batch.causes.append(_cause(link, failure, self._clock.time()))
-        if len(batch.failures) < len(self._links):
-            return
-        if self._in_step(batch, failure):
-            self._let_continue(batch, failure)
-            self._finish(batch)
-        else:
-            self._out_of_step(batch)
-
-    def _let_continue(self, batch: Outstanding, failure: Failure) -> None:
-        """Every rank has left the batch at the same place: they may go on."""
-        self._continued.append((batch.seq, failure.type_name, failure.place))
-        for link in self._links:
-            link.write([header(Kind.CONTINUE, batch.seq, 0, 0)])
-
-    def _out_of_step(self, batch: Outstanding) -> None:
-        """The ranks are not at the same place: nothing that they send is to be trusted."""
-        self.causes += [cause for cause in batch.causes if cause not in self.causes]
-        self._break()
-
-    def _failed_late(self, link: RankLink, seq: int, failure: Failure) -> None:
-        """A report on a batch that rank 0 has ended."""
-        self._log(link, seq, failure)
-        if (seq, failure.type_name, failure.place) not in self._continued:
-            self.causes.append(_cause(link, failure, self._clock.time()))
-            self._break()
-
-    def _checked(self, link: RankLink, failure: Failure) -> Failure:
-        if not 0 <= failure.origin < len(self._links):
-            raise WireError(f"ERROR of rank {failure.origin}, of which there are {len(self._links)}")
-        if failure.kind in ("refused", "chunk") and link.rank != 0:
-            raise WireError(f"ERROR about an answer from rank {link.rank}: only rank 0 answers")
-        return failure
-
-    def _in_step(self, batch: Outstanding, failure: Failure) -> bool:
-        """Whether every rank that must report has reported this same failure, and the group can go on after it."""
-        if any(report.kind in ("collective", "device") for report in batch.failures.values()):
-            return False
-        # The same line may be in a loop with a collective: the ranks are in step only if they went round as often.
-        kinds = {(report.type_name, report.place, report.collectives) for report in batch.failures.values()}
-        return len(kinds) == 1 and batch.failures.keys() >= set(failure.needs)
-
-    def _grace_over(self) -> None:
-        if self.causes:
-            self._break()
-
-    def _break(self) -> None:
-        cause = culprit(self.causes)
-        silent, seq = self._silent_beside_victims()
-        if cause.what is What.COLLECTIVE and silent is not None:
-            grace = self._limits.error_grace
-            text = f"was still in batch {seq} {grace:g} s after its collective failed on rank {cause.rank}"
-            cause = Cause(What.SILENCE, silent.rank, silent.pid, text, self._clock.time())
-        self._on_broken(cause, seq)
-
-    def _silent_beside_victims(self) -> tuple[RankLink | None, int]:
-        """A rank that has reported nothing about a batch in which others have failed, and that batch."""
-        for batch in self._outstanding.values():
-            for link in self._links:
-                if batch.failures and link.rank not in batch.failures and link.rank not in batch.done:
-                    return link, batch.seq
-        return None, 0
-
-    def _log(self, link: RankLink, seq: int, failure: Failure) -> None:
-        what = f"{failure.type_name or failure.kind}: {failure.text} in batch {seq} {failure.place}"
-        logger.error("%s rank %d (pid %d): %s\n%s", self._who, link.rank, link.pid, what, failure.traceback.rstrip())
-
-    def _answer_failed(self, batch: Outstanding, link: RankLink, failure: Failure) -> None:
-        who = f"{self._who}, rank {link.rank} (pid {link.pid})"
-        what = f"{failure.type_name}: {failure.text}" if failure.type_name else failure.text
-        text = f"Prediction failed: {who}: {what}"
-        self._on_event(EventKind.HANDLER_ERROR, text, link.rank, link.pid)
-        error = HandlerError(text)
-        if failure.status:  # the handler speaks to the client in its own words
-            error = HandlerError(failure.text)
-            error.status = failure.status
-        elif failure.kind == "memory":
-            error = HandlerOutOfMemory(f"Out of resources: {who}: {what}")
-        elif failure.kind == "refused":
-            error = HandlerError(f"{failure.text} ({who})")
-        for request in batch.requests:
-            request.fail(error)
-        batch.error = text
 
     # ── time ──
 
-    def _look_at_due(self) -> None:
-        now = self._clock.time()
-        if self._crowded_until <= now and self._outstanding:  # rank 0 is at work, too: the batch's own limit governs
-            self._crowded_until = now + self._limits.response_timeout
-        if self._crowded_until <= now:
-            link = next(link for link in self._links if not link.has_room)
-            text = f"has taken no batch for {self._limits.response_timeout:g} s"
-            self._on_broken(Cause(What.SILENCE, link.rank, link.pid, text, now), self._seq)
-            return
-        self._due_alarm.at(self._crowded_until)
-        for batch in list(self._outstanding.values()):
-            if batch.due <= now and self._limits.any_order and batch.requests and not batch.cancelled:
-                self._overdue(batch)
-            if batch.due <= now:
-                self._on_broken(culprit([*self.causes, self._silent(batch, now)]), batch.seq)
-                return
-            self._due_alarm.at(batch.due)
+    def _silent(self, cause: Cause, seq: int) -> None:
+        self._on_broken(culprit([*self._failures.causes, cause]), seq or self._seq)
 
     def _overdue(self, batch: Outstanding) -> None:
         """One of several requests under way takes too long: that is its own affair, as long as its task can be ended."""
@@ -459,20 +294,3 @@ class Broadcast:
         for request in batch.requests:
             request.fail(ResponseTimeout(f"{self._who}: {what}"))
         self._let_go(batch)
-
-    def _silent(self, batch: Outstanding, now: float) -> Cause:
-        link = self._links[0]
-        if batch.held is not None:  # rank 0 has answered; with replyAfter: all it is another that is behind
-            link = next(link for link in self._links if link.rank not in batch.done)
-        text = f"did not finish batch {batch.seq} within {batch.limit:g} s"
-        return Cause(What.SILENCE, link.rank, link.pid, text, now)
-
-
-def _cause(link: RankLink, failure: Failure, now: float, probe: bool = False) -> Cause:
-    what = What.PROBE if probe else What.EXCEPTION
-    if failure.kind == "collective":
-        what = What.COLLECTIVE
-    text = f"raised {failure.type_name}: {failure.text}"
-    if failure.kind == "cancelled":
-        text = "was at another step than other ranks when the stream was cancelled"
-    return Cause(what, link.rank, link.pid, f"{text} in its probe" if probe else text, now)

@@ -66,8 +66,8 @@ class Outstanding:
 
     seq: int
     requests: list[Request]
-    limit: float
-    due: float
+    limit: float = 0.0
+    due: float = 0.0
     granted: int = 0
     step: int = 0
     cancelled: bool = False

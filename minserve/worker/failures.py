@@ -1,0 +1,202 @@
+"""Exceptions on the ranks: which leave them in step, so that the worker goes on, and which end it.
+
+A rank that raised goes no further until it gets CONTINUE, which is sent only when all ranks have left the batch with the
+same error. An exception on some ranks ends the worker: its ranks are no longer at the same place.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections import deque
+from typing import TYPE_CHECKING
+
+from minserve.dispatch.clock import Alarm
+from minserve.errors import HandlerError, HandlerOutOfMemory, WireError
+from minserve.telemetry.events import EventKind
+from minserve.wire.frames import Kind, header
+from minserve.worker.blame import Cause, What, culprit
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping, Sequence
+
+    from minserve.dispatch.clock import Clock
+    from minserve.wire.messages import Failure
+    from minserve.worker.outstanding import Limits, Outstanding, RankLink
+
+logger = logging.getLogger(__name__)
+
+
+class Failures:
+    """Judges what the ranks of one worker report of their batches.
+
+    Args:
+        outstanding: the batches under way, by seq, oldest first.
+        who, on_broken, on_event: see `Broadcast`.
+
+    Attributes:
+        causes: exceptions of the batches that are in doubt. While there are any, no new batch may go out.
+    """
+
+    def __init__(
+        self,
+        clock: Clock,
+        links: Sequence[RankLink],
+        limits: Limits,
+        who: str,
+        outstanding: Mapping[int, Outstanding],
+        on_broken: Callable[[Cause, int], None],
+        on_event: Callable[[EventKind, str, int, int], None],
+    ) -> None:
+        self._clock = clock
+        self._links = links
+        self._limits = limits
+        self._who = who
+        self._outstanding = outstanding
+        self._on_broken = on_broken
+        self._on_event = on_event
+        self._grace_alarm = Alarm(clock, self._grace_over)
+        self.causes: list[Cause] = []
+        # Seq, type and place of the latest failures in step: a rank's report of one may come after its batch is over.
+        self._continued: deque[tuple[int, str, str]] = deque(maxlen=64)
+
+    def stop(self) -> None:
+        """The group is gone: nothing is in doubt any more."""
+        self._grace_alarm.stop()
+
+    def report(self, link: RankLink, batch: Outstanding, failure: Failure) -> bool:
+        """Takes a rank's ERROR about a batch under way. Returns whether the batch is over with it.
+
+        Raises:
+            WireError: this rank may not say so.
+        """
+        self._check(link, failure)
+        if failure.kind == "cancelled":
+            return self._left_its_stream(link, batch, failure)
+        self._log(link, batch.seq, failure)
+        if failure.kind == "refused":  # by minserve, after handle returned: every rank is in step
+            self._answer_failed(batch, link, failure)
+            return True
+        if (
+            failure.kind == "chunk"
+        ):  # the stream goes on for nobody, so that the ranks stay in step, until it is cancelled
+            self._answer_failed(batch, link, failure)
+            return False
+        batch.failures[link.rank] = failure
+        batch.causes.append(_cause(link, failure, self._clock.time(), probe=not batch.requests))
+        self.causes.append(batch.causes[-1])
+        if _in_step(batch, failure) and batch.requests:
+            self._answer_in_step(batch)
+            return True
+        if len(batch.failures) == len(self._links):
+            self.out_of_step(batch)
+        else:
+            self._grace_alarm.at(self._clock.time() + self._limits.error_grace)
+        return False
+
+    def late(self, link: RankLink, seq: int, failure: Failure) -> None:
+        """Takes a rank's ERROR about a batch that rank 0 has ended."""
+        self._log(link, seq, failure)
+        if (seq, failure.type_name, failure.place) not in self._continued:
+            self.causes.append(_cause(link, failure, self._clock.time()))
+            self._break()
+
+    def out_of_step(self, batch: Outstanding) -> None:
+        """The ranks are not at the same place: nothing that they send is to be trusted."""
+        self.causes += [cause for cause in batch.causes if cause not in self.causes]
+        self._break()
+
+    def _answer_in_step(self, batch: Outstanding) -> None:
+        # With a pipeline another rank may be a batch ahead and have raised there: that one stays in doubt.
+        self.causes = [cause for cause in self.causes if cause not in batch.causes]
+        if not self.causes:
+            self._grace_alarm.stop()
+        first = batch.failures[min(batch.failures)]  # the same whichever rank's report came last
+        self._let_continue(batch, first)
+        self._answer_failed(batch, self._links[first.origin], first)
+
+    def _left_its_stream(self, link: RankLink, batch: Outstanding, failure: Failure) -> bool:
+        """A rank has come to where its stream was cancelled. Others may be steps behind; the batch's own limit governs."""
+        if not batch.cancelled:
+            raise WireError(f"ERROR says that the stream of batch {batch.seq} was cancelled, which it was not")
+        batch.failures[link.rank] = failure
+        batch.causes.append(_cause(link, failure, self._clock.time()))
+        if len(batch.failures) < len(self._links):
+            return False
+        if _in_step(batch, failure):
+            self._let_continue(batch, failure)
+            return True
+        self.out_of_step(batch)
+        return False
+
+    def _let_continue(self, batch: Outstanding, failure: Failure) -> None:
+        """Every rank has left the batch at the same place: they may go on."""
+        self._continued.append((batch.seq, failure.type_name, failure.place))
+        for link in self._links:
+            link.write([header(Kind.CONTINUE, batch.seq, 0, 0)])
+
+    def _check(self, link: RankLink, failure: Failure) -> None:
+        if not 0 <= failure.origin < len(self._links):
+            raise WireError(f"ERROR of rank {failure.origin}, of which there are {len(self._links)}")
+        if failure.kind in ("refused", "chunk") and link.rank != 0:
+            raise WireError(f"ERROR about an answer from rank {link.rank}: only rank 0 answers")
+
+    def _grace_over(self) -> None:
+        if self.causes:
+            self._break()
+
+    def _break(self) -> None:
+        cause = culprit(self.causes)
+        silent, seq = self._silent_beside_victims()
+        if cause.what is What.COLLECTIVE and silent is not None:
+            grace = self._limits.error_grace
+            text = f"was still in batch {seq} {grace:g} s after its collective failed on rank {cause.rank}"
+            cause = Cause(What.SILENCE, silent.rank, silent.pid, text, self._clock.time())
+        self._on_broken(cause, seq)
+
+    def _silent_beside_victims(self) -> tuple[RankLink | None, int]:
+        """A rank that has reported nothing about a batch in which others have failed, and that batch."""
+        for batch in self._outstanding.values():
+            for link in self._links:
+                if batch.failures and link.rank not in batch.failures and link.rank not in batch.done:
+                    return link, batch.seq
+        return None, 0
+
+    def _log(self, link: RankLink, seq: int, failure: Failure) -> None:
+        what = f"{failure.type_name or failure.kind}: {failure.text} in batch {seq} {failure.place}"
+        logger.error("%s rank %d (pid %d): %s\n%s", self._who, link.rank, link.pid, what, failure.traceback.rstrip())
+
+    def _answer_failed(self, batch: Outstanding, link: RankLink, failure: Failure) -> None:
+        who = f"{self._who}, rank {link.rank} (pid {link.pid})"
+        what = f"{failure.type_name}: {failure.text}" if failure.type_name else failure.text
+        text = f"Prediction failed: {who}: {what}"
+        self._on_event(EventKind.HANDLER_ERROR, text, link.rank, link.pid)
+        error = HandlerError(text)
+        if failure.status:  # the handler speaks to the client in its own words
+            error = HandlerError(failure.text)
+            error.status = failure.status
+        elif failure.kind == "memory":
+            error = HandlerOutOfMemory(f"Out of resources: {who}: {what}")
+        elif failure.kind == "refused":
+            error = HandlerError(f"{failure.text} ({who})")
+        for request in batch.requests:
+            request.fail(error)
+        batch.error = text
+
+
+def _in_step(batch: Outstanding, failure: Failure) -> bool:
+    """Whether every rank that must report has reported this same failure, and the group can go on after it."""
+    if any(report.kind in ("collective", "device") for report in batch.failures.values()):
+        return False
+    # The same line may be in a loop with a collective: the ranks are in step only if they went round as often.
+    kinds = {(report.type_name, report.place, report.collectives) for report in batch.failures.values()}
+    return len(kinds) == 1 and batch.failures.keys() >= set(failure.needs)
+
+
+def _cause(link: RankLink, failure: Failure, now: float, probe: bool = False) -> Cause:
+    what = What.PROBE if probe else What.EXCEPTION
+    if failure.kind == "collective":
+        what = What.COLLECTIVE
+    text = f"raised {failure.type_name}: {failure.text}"
+    if failure.kind == "cancelled":
+        text = "was at another step than other ranks when the stream was cancelled"
+    return Cause(what, link.rank, link.pid, f"{text} in its probe" if probe else text, now)
