@@ -9,23 +9,21 @@ from __future__ import annotations
 import asyncio
 import logging
 import secrets
-import signal
 from typing import TYPE_CHECKING, TypeVar
 
-from minserve.errors import RankProtocolError, ResponseTimeout, WireError, WorkerFailed, WorkerOutOfMemory
+from minserve.errors import WireError, WorkerFailed
 from minserve.telemetry.meters import unwatched
 from minserve.wire.frames import Kind
-from minserve.wire.messages import Failure, Load, Loaded, Metrics, Progress, Shutdown, pack, pack_with_body, unpack
-from minserve.worker import hang, launcher
+from minserve.wire.messages import Failure, Loaded, Metrics, Progress, Shutdown, pack, unpack
+from minserve.worker import launcher
 from minserve.worker.acceptor import Acceptor, Expected
-from minserve.worker.blame import AGENT, DEATH_GATHER_S, SOCKET_GATHER_S, Cause, What, describe_exit
+from minserve.worker.blame import AGENT, Cause, What
 from minserve.worker.broadcast import Broadcast
+from minserve.worker.inquest import Inquest
 from minserve.worker.link import Link
-from minserve.worker.oom import OutOfMemory
-from minserve.worker.processes import Watch, kill_leftovers, kill_tree
-from minserve.worker.signs import look
+from minserve.worker.loading import Loading
+from minserve.worker.members import Members
 from minserve.worker.site import Site
-from minserve.worker.verdict import HANGS, Verdict
 from minserve.worker.watchdog import Watchdog
 
 if TYPE_CHECKING:
@@ -41,16 +39,11 @@ if TYPE_CHECKING:
     from minserve.worker.devices import Devices
     from minserve.worker.endpoints import Endpoints
     from minserve.worker.recorder import Recorder
-    from minserve.worker.signs import Signs
     from minserve.worker.spec import ModelSpec
 
 logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
-
-EXIT_OUT_OF_MEMORY = 137  # 128 + SIGKILL: how a shell, and so a container, tells of the kernel's out-of-memory killer
-GONE_S = 5.0  # after SIGKILL; only a process stuck in the kernel takes longer
-REPORT_GATHER_S = 5.0  # in which torchrun, which ends soon after one of its ranks, has told of the first that ended
 
 
 class RankGroup:
@@ -67,8 +60,6 @@ class RankGroup:
     Attributes:
         failed: done when the group has failed, with the error that requests get.
         cause: of that, or of a start that took too long.
-        pids: of the ranks that have said HELLO, by rank.
-        progress: the latest report of each rank while it loads.
     """
 
     def __init__(
@@ -97,20 +88,17 @@ class RankGroup:
         self._incarnation = f"{spec.name}-{slot}-{secrets.token_hex(4)}"
         self._arrivals: list[Arrival] = []  # ranks whose sockets no link has taken over yet
         self._links: list[Link] = []
-        self._watches: list[Watch] = []
-        self._loaded: dict[int, Loaded] = {}
-        self._load_errors: dict[int, str] = {}  # by rank: type, text and place of what a handler raised in its load
-        self._all_loaded = asyncio.Event()
-        self._verdict = Verdict(self._exceptions, self._look_closer, self._judged)
-        self._out_of_memory = OutOfMemory(self._loop)
+        self._members = Members(who, self._incarnation, AGENT if spec.config.is_parallel else 0, self._exited)
+        self._loading = Loading(spec, who)
+        self._inquest = Inquest(
+            *(spec, who, self._site, self._members, self._loading),
+            *(self._exceptions, self._silent, self._judged),
+        )
         self._watchdog: Watchdog | None = None
         self._broadcast: Broadcast | None = None
         self._kill: asyncio.Task[None] | None = None
-        self.agent_pid = 0
         self.failed: asyncio.Future[WorkerFailed] = self._loop.create_future()
         self.cause: Cause | None = None
-        self.pids: dict[int, int] = {}
-        self.progress: dict[int, Progress] = {}
 
     # ── start ──
 
@@ -127,16 +115,7 @@ class RankGroup:
         launch = launcher.plan(
             spec, endpoints, self._devices, self._site.path, self._incarnation, secret, self._environ
         )
-        logger.debug("%s: %s", self._who, " ".join(launch.command))
-        try:
-            self._process = launcher.spawn(launch, self._environ)
-        except OSError as error:
-            raise WorkerFailed(f"{self._who}: cannot start {launch.command[0]}: {error}") from None
-        self.agent_pid = self._process.pid
-        assert self._process.stdout is not None
-        self._site.read_agent(self._process.stdout.fileno())
-        self._process.stdout.close()
-        self._watches.append(Watch(self.agent_pid, self._agent_exited))
+        self._members.start(launch, self._environ, self._site)
 
     async def connect(self, accept_timeout: float) -> None:
         """Accepts exactly N ranks.
@@ -151,16 +130,16 @@ class RankGroup:
             missing = ", ".join(map(str, acceptor.missing))
             text = f"{self._who}: rank {missing} did not connect within {accept_timeout:g} s"
             self.cause = Cause(What.SILENCE, acceptor.missing[0], 0, "did not connect", self._loop.time())
-            raise WorkerFailed(text, self._last_lines(acceptor.missing)) from None
+            raise WorkerFailed(text, self._inquest.last_lines(acceptor.missing)) from None
         for arrival in arrivals:
-            link = Link(arrival.hello, self._received, self._room, self._lost)
+            link = Link(arrival.hello, self._received, self._room, self._inquest.lost)
             await self._loop.connect_accepted_socket(lambda link=link: link, arrival.socket)  # type: ignore[misc]
             self._arrivals.remove(arrival)
             self._links.append(link)
         self._site.outputs[AGENT].level = logging.DEBUG  # from here on torchrun only repeats what the ranks tell
         self._broadcast = Broadcast(
             *(self._loop, self._links, self._spec.limits, self._who, self._steps),
-            *(self._on_free, self._broken, self._on_lost, self._on_event, self._meters),
+            *(self._on_free, self._inquest.broken, self._on_lost, self._on_event, self._meters),
         )
 
     async def load(self, timeout: float) -> None:
@@ -170,55 +149,34 @@ class RankGroup:
             WorkerFailed: a rank could not load, died, or took too long.
         """
         spec = self._spec
-        options = spec.config.minserve
-        message = Load(
-            spec.name,
-            spec.version,
-            str(spec.model_dir),
-            spec.handler,
-            spec.config.batch_size,
-            self._devices.mask is not None,
-            options.reply_after == "all",
-            spec.manifest,
-            spec.envelope,
-            spec.limit_max_image_pixels,
-            spec.decode_input,
-            predict_on=options.predict_on,
-            metrics=spec.metrics,
-            asynchronous=spec.asynchronous,
-        )
-        pieces = pack_with_body(Kind.LOAD, message, [spec.yaml], 0)
+        pieces = self._loading.frame(gpu=self._devices.mask is not None)
         for link in self._links:
             link.write(pieces)
         try:
             await self._unless_failed(self._load_and_probe(), timeout)
         except TimeoutError:
-            await self._signs()  # for the log: where each rank is
-            behind = [rank for rank in range(spec.world_size) if rank not in self._loaded]
+            await self._inquest.signs()  # for the log: where each rank is
+            behind = self._loading.behind
             stages = [f"rank {rank} (pid {self.pids[rank]}): {self.stage(rank)}" for rank in behind]
             at = ", ".join(stages) or "all are loaded, not all are probed"
             text = f"{self._who}: not loaded within {spec.startup_timeout:g} s ({at})"
             first = behind[0] if behind else 0
             self.cause = Cause(What.SILENCE, first, self.pids[first], "did not load", self._loop.time())
-            raise WorkerFailed(text, self._last_lines(behind)) from None
+            raise WorkerFailed(text, self._inquest.last_lines(behind)) from None
         assert self._broadcast is not None
         assert self._site.board is not None
         self._watchdog = Watchdog(
-            *(self._loop, self._links, self._broadcast, spec.limits, self._site.board.read, self._verdict.suspect_hang),
-            options.probe_interval if self._probes else 0.0,
+            *(self._loop, self._links, self._broadcast, spec.limits, self._site.board.read, self._inquest.broken),
+            spec.config.minserve.probe_interval if self._loading.probes else 0.0,
         )
 
     async def _load_and_probe(self) -> None:
-        await self._all_loaded.wait()
-        if self._probes:
+        await self._loading.complete.wait()
+        if self._loading.probes:
             assert self._broadcast is not None
             passed = asyncio.Event()
             self._broadcast.probe(passed.set)
             await passed.wait()
-
-    @property
-    def _probes(self) -> bool:
-        return any(loaded.probes for loaded in self._loaded.values())
 
     async def _unless_failed(self, work: Coroutine[object, object, T], timeout: float) -> T:
         """Waits for `work`, no longer than `timeout`, and not at all once the group has failed."""
@@ -240,7 +198,7 @@ class RankGroup:
 
     def has_place(self) -> bool:
         """Whether a batch may be sent now."""
-        return self._broadcast is not None and not self._verdict.pending and self._broadcast.has_place()
+        return self._broadcast is not None and not self._inquest.pending and self._broadcast.has_place()
 
     def send(self, requests: list[Request]) -> None:
         """Sends a batch to all ranks."""
@@ -255,6 +213,20 @@ class RankGroup:
                 recorder.begin(self._incarnation)
 
     @property
+    def agent_pid(self) -> int:
+        """The pid of torchrun, or of the one process without it; 0 before the launch."""
+        return self._members.agent_pid
+
+    @property
+    def pids(self) -> Mapping[int, int]:
+        """Of the ranks that have said HELLO, by rank."""
+        return self._members.pids
+
+    def stage(self, rank: int) -> str:
+        """How far a rank's load is, in words."""
+        return self._loading.stage(rank)
+
+    @property
     def endpoints(self) -> Endpoints | None:
         """Where its ranks connect; None before the launch."""
         return self._site.endpoints
@@ -262,7 +234,7 @@ class RankGroup:
     @property
     def suspected(self) -> bool:
         """Whether something is wrong, whoever is to blame."""
-        return self._verdict.pending
+        return self._inquest.pending
 
     @property
     def busy(self) -> bool:
@@ -286,11 +258,11 @@ class RankGroup:
 
     async def end(self, exit_timeout: float) -> None:
         """Ends every process: asks with SHUTDOWN if all ranks are well, waits `exit_timeout`, then kills."""
-        self._verdict.close()
+        self._inquest.adjourn()
         if self._links and not self.failed.done():
             for link in self._links:
                 link.write([pack(Kind.SHUTDOWN, Shutdown("the worker ends"))])
-            await self._gone(exit_timeout, self._watches[1:] or self._watches)  # torchrun itself has nothing to finish
+            await self._members.ranks_gone(exit_timeout)
         await self.kill()
 
     async def kill(self) -> None:
@@ -300,32 +272,17 @@ class RankGroup:
         await asyncio.shield(self._kill)
 
     async def _kill_all(self) -> None:
-        self._verdict.close()
-        self._out_of_memory.close()
+        self._inquest.close()
         if self._watchdog is not None:
             self._watchdog.stop()
         if self._broadcast is not None:
             self._broadcast.fail_all(WorkerFailed(f"{self._who}: the worker was stopped"))
-        if self.agent_pid:
-            kill_tree(self.agent_pid, self.pids.values())
-            await self._gone(GONE_S, self._watches)
-            kill_leftovers(self._incarnation)
+        await self._members.kill()
         for link in self._links:
             link.close()
         for arrival in self._arrivals:
             arrival.socket.close()
-        for watch in self._watches:
-            watch.close()
         self._site.close()
-
-    async def _gone(self, timeout: float, watches: list[Watch]) -> None:
-        try:
-            async with asyncio.timeout(timeout):
-                for watch in watches:
-                    await watch.ended.wait()
-        except TimeoutError:
-            left = ", ".join(str(watch.pid) for watch in watches if not watch.ended.is_set())
-            logger.warning("%s: still running after %g s: pid %s", self._who, timeout, left)
 
     # ── what the sockets, the board and the kernel tell ──
 
@@ -333,28 +290,21 @@ class RankGroup:
         return self._site.board.read(rank).step_of(seq) if self._site.board is not None else 0
 
     def _rank_arrived(self, arrival: Arrival) -> None:
-        rank, pid = arrival.hello.rank, arrival.hello.pid
-        logger.debug("%s: rank %d (pid %d) connected", self._who, rank, pid)
-        self.pids[rank] = pid
+        self._members.add(arrival.hello.rank, arrival.hello.pid)
         self._arrivals.append(arrival)
-        # A process without torchrun is its own agent, and watched as such already.
-        if pid != self.agent_pid:
-            self._watches.append(Watch(pid, lambda code: self._rank_exited(rank, pid, code)))
 
     def _received(self, link: Link, frame: Frame) -> None:
         if frame.kind is Kind.PROGRESS:
-            self.progress[link.rank] = unpack(Progress, frame.meta)
-            logger.info("%s rank %d: %s", self._who, link.rank, self.stage(link.rank))
+            self._loading.progressed(link.rank, unpack(Progress, frame.meta))
         elif frame.kind is Kind.LOADED:
-            self._loaded[link.rank] = unpack(Loaded, frame.meta)
-            logger.debug("%s rank %d: loaded in %.1f s", self._who, link.rank, self._loaded[link.rank].seconds)
-            if len(self._loaded) == self._spec.world_size:
-                self._all_loaded.set()
+            self._loading.loaded(link.rank, unpack(Loaded, frame.meta))
         elif frame.kind is Kind.METRICS:
             self._meters.from_rank(link.rank, unpack(Metrics, frame.meta).metrics)
         elif frame.kind is Kind.FAILED:
-            self._load_failed(link, unpack(Failure, frame.meta))
-        elif not self._all_loaded.is_set() or self._broadcast is None:
+            failure = unpack(Failure, frame.meta)
+            self._loading.failed(link.rank, failure)
+            self._inquest.load_failed(link, failure)
+        elif not self._loading.complete.is_set() or self._broadcast is None:
             raise WireError(f"{frame.kind.name} before every rank has loaded")
         elif not self.failed.done():
             self._broadcast.received(link, frame)
@@ -363,86 +313,19 @@ class RankGroup:
         if self._broadcast is not None:
             self._broadcast.room_changed()
 
-    def _lost(self, link: Link, reason: str | None) -> None:
-        what = What.DEATH if reason is None else What.PROTOCOL
-        detail = "closed its socket" if reason is None else f"broke the protocol: {reason}"
-        cause = Cause(what, link.rank, link.pid, detail, self._loop.time())
-        self._verdict.suspect(cause, final=reason is not None, gather=SOCKET_GATHER_S)
+    def _exited(self, rank: int, pid: int, code: int | None) -> None:
+        self._inquest.exited(rank, pid, code)
 
-    def _rank_exited(self, rank: int, pid: int, code: int | None) -> None:
-        cause = Cause(What.DEATH, rank, pid, describe_exit(code), self._loop.time(), code)
-        # SIGKILL may be the agent's death signal, and then the agent's own end is a moment away.
-        final = not cause.is_consequence and (rank == AGENT or code != -signal.SIGKILL)
-        # A rank that has not come yet may have ended first, and only torchrun has seen it.
-        unseen = rank != AGENT and len(self.pids) < self._spec.world_size
-        gather = REPORT_GATHER_S if unseen else DEATH_GATHER_S
-        self._verdict.suspect(cause, final=final, gather=gather)
-
-    def _agent_exited(self, code: int | None) -> None:
-        self._process.wait()  # it is a zombie now, so this does not block
-        if len(self.pids) < self._spec.world_size and (first := self._site.first_failure()):
-            self._rank_exited(first.rank, first.pid, first.code)
-        self._rank_exited(AGENT if self._spec.config.is_parallel else 0, self.agent_pid, code)
-
-    def _load_failed(self, link: Link, failure: Failure) -> None:
-        text = f"{failure.type_name}: {failure.text} at {failure.place}"
-        logger.error("%s rank %d cannot load: %s\n%s", self._who, link.rank, text, failure.traceback.rstrip())
-        self._load_errors[link.rank] = text
-        victim = failure.kind == "collective"
-        what = What.COLLECTIVE if victim else What.EXCEPTION
-        cause = Cause(what, link.rank, link.pid, f"cannot load: {failure.type_name}: {failure.text}", self._loop.time())
-        grace = self._spec.config.minserve.error_grace if victim else 0.0
-        self._verdict.suspect(cause, final=not victim, gather=grace)
-
-    # ── the verdict ──
-
-    def _broken(self, cause: Cause, seq: int) -> None:
-        if cause.what in HANGS:
-            self._verdict.suspect_hang(cause, seq)
-        else:
-            self._verdict.suspect(cause, final=True)
+    # ── what the inquest asks and finds ──
 
     def _exceptions(self) -> list[Cause]:
         return self._broadcast.causes if self._broadcast is not None else []
 
-    async def _look_closer(self, noticed: Cause, seq: int) -> Cause:
-        """Who hangs. Everything that is seen goes to the log."""
-        suspects = set(range(self._spec.world_size)) - {cause.rank for cause in self._exceptions()}
-        return hang.find(await self._signs(), sorted(suspects), seq, noticed)
+    def _silent(self) -> list[float]:
+        return self._watchdog.silent if self._watchdog is not None else []
 
-    async def _signs(self) -> list[Signs]:
-        """What can be seen of each rank that has come; logged."""
-        seen = await look(self._site, self.pids, self._watchdog.silent if self._watchdog is not None else [])
-        for one in seen:
-            logger.error("%s: %s\n%s", self._who, one, one.stack.text.rstrip() if one.stack else "    no stack")
-        return seen
-
-    def _judged(self, cause: Cause) -> None:
+    def _judged(self, cause: Cause, error: WorkerFailed) -> None:
         self.cause = cause
-        kinds = {What.PROTOCOL: RankProtocolError, What.SILENCE: ResponseTimeout, What.STALL: ResponseTimeout}
-        kind, hint = kinds.get(cause.what, WorkerFailed), ""
-        if cause.exit_code == EXIT_OUT_OF_MEMORY:
-            kind = WorkerOutOfMemory
-        elif cause.exit_code == -signal.SIGKILL and self._out_of_memory.lately():
-            kind, hint = WorkerOutOfMemory, ": the kernel's out-of-memory killer was at work"
-        error = kind(
-            f"{self._who}: {cause}{hint}", self._last_lines([cause.rank]), self._load_errors.get(cause.rank, "")
-        )
         self.failed.set_result(error)
         if self._broadcast is not None:
             self._broadcast.fail_all(error)
-
-    def stage(self, rank: int) -> str:
-        """How far a rank's load is, in words."""
-        if rank in self._loaded:
-            return "loaded"
-        progress = self.progress.get(rank)
-        if progress is None:
-            return "importing"
-        return f"{progress.stage} {progress.done} of {progress.total}" if progress.total else progress.stage
-
-    def _last_lines(self, ranks: list[int]) -> tuple[str, ...]:
-        """The last lines that the ranks printed; torchrun's, too, where one has not come as far as its own pipe."""
-        silent = any(rank not in self.pids for rank in ranks)
-        sources = dict.fromkeys([*ranks, AGENT] if silent else ranks)
-        return self._site.last_lines(sources)

@@ -429,7 +429,7 @@ async def test_a_socket_that_closes_a_moment_before_the_exit_is_the_same_death(s
     request = await setup.submit(group)
     rank = setup.ranks[-1]
     rank.close()
-    await until(lambda: group._verdict.pending)
+    await until(lambda: group.suspected)
     os.kill(rank.pid, signal.SIGSEGV)
     error = await error_of(group)
     assert str(error) == f"m/0: rank {rank.rank} (pid {rank.pid}) was killed by SIGSEGV"
