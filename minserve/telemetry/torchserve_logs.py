@@ -24,7 +24,7 @@ ACCESS_LOG = "minserve.access"
 MODEL_LOG = OUTPUT
 TRACEBACKS = (
     "minserve.worker.group",
-    "minserve.worker.broadcast",
+    "minserve.worker.failures",
 )  # of handlers: their authors look into the model's log
 TS_METRICS = "ts_metrics"
 MODEL_METRICS = "model_metrics"
