@@ -1,0 +1,37 @@
+"""`minserve check`: a model directory or an archive validated, and nothing started."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from minserve.errors import MinServeError
+
+
+def check(
+    model_dir: Annotated[Path, typer.Argument(help="The model directory, or an archive.", metavar="MODEL_DIR")],
+    config: Annotated[Path | None, typer.Option(help="YAML file with server options.", dir_okay=False)] = None,
+) -> None:
+    """Validate a model directory or an archive and print what a start would run, without starting anything."""
+    from minserve.checking import describe_launches
+    from minserve.config.server import read_server_options
+    from minserve.registry.models import read_devices, validate_model
+    from minserve.registry.store import Location
+
+    try:
+        options = read_server_options(config, {})
+        inventory = read_devices(os.environ).first(options.number_of_gpu)
+        location = Location(Path(os.path.abspath(model_dir)))
+        with tempfile.TemporaryDirectory(prefix="minserve-check-") as folder:
+            model = validate_model(location, options, inventory, into=Path(folder) / "model", strict=True)
+        description = describe_launches(model, inventory, os.environ)
+    except MinServeError as error:
+        typer.echo(str(error), err=True)
+        raise typer.Exit(1) from None
+    for warning in model.warnings:
+        typer.echo(f"warning: {warning}", err=True)
+    typer.echo(description)
