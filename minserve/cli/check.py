@@ -19,8 +19,9 @@ def check(
     """Validate a model directory or an archive and print what a start would run, without starting anything."""
     from minserve.checking import describe_launches
     from minserve.config.server import read_server_options
-    from minserve.registry.models import read_devices, validate_model
+    from minserve.registry.models import read_devices
     from minserve.registry.store import Location
+    from minserve.registry.validating import validate_model
 
     try:
         options = read_server_options(config, {})

@@ -46,8 +46,9 @@ def _replay(playlist: Playlist, model_dir: Path, nproc: int | None) -> None:
     import uvloop
 
     from minserve.config.server import ServerOptions
-    from minserve.registry.models import read_devices, validate_model
+    from minserve.registry.models import read_devices
     from minserve.registry.store import Location
+    from minserve.registry.validating import validate_model
     from minserve.replay import Replay, with_ranks
     from minserve.telemetry import logging
 

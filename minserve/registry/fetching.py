@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from minserve.errors import ModelNotFound
 from minserve.registry.download import fetch, in_store
-from minserve.registry.reading import Source
+from minserve.registry.source import Source
 from minserve.registry.store import ADDRESS, Location, find_model
 
 if TYPE_CHECKING:

@@ -25,10 +25,12 @@ from minserve.errors import (
 from minserve.registry.catalogue import Catalogue
 from minserve.registry.fetching import obtain
 from minserve.registry.numbers import MOST_RANKS
-from minserve.registry.reading import Source, ValidModel, discard, read_model, validate_model
+from minserve.registry.reading import discard, read_model
 from minserve.registry.registration import Registration
 from minserve.registry.served import ServedModel
+from minserve.registry.source import Source
 from minserve.registry.store import Location, locate
+from minserve.registry.validating import ValidModel
 from minserve.telemetry.events import EventKind, EventLog
 from minserve.telemetry.meters import ModelMeters
 from minserve.telemetry.metrics import Metrics
@@ -42,7 +44,7 @@ if TYPE_CHECKING:
     from minserve.worker.devices import Inventory
     from minserve.worker.runtime import RuntimeDirectory
 
-__all__ = ["Registration", "Registry", "ServedModel", "ValidModel", "read_devices", "validate_model"]
+__all__ = ["Registration", "Registry", "ServedModel", "ValidModel", "read_devices"]
 
 logger = logging.getLogger(__name__)
 

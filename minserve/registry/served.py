@@ -13,7 +13,8 @@ if TYPE_CHECKING:
 
     from minserve.dispatch.dispatcher import Dispatcher
     from minserve.errors import MinServeError
-    from minserve.registry.reading import Source, ValidModel
+    from minserve.registry.source import Source
+    from minserve.registry.validating import ValidModel
     from minserve.telemetry.events import EventLog
     from minserve.worker.spec import ModelSpec
     from minserve.worker.supervisor import Supervisor

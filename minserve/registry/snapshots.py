@@ -24,8 +24,9 @@ from minserve.errors import ConfigError, MinServeError, StartupError
 from minserve.registry.archive import is_archive
 from minserve.registry.fetching import obtain
 from minserve.registry.numbers import MOST_RANKS
-from minserve.registry.reading import Source, read_model
+from minserve.registry.reading import read_model
 from minserve.registry.registration import Registration
+from minserve.registry.source import Source
 from minserve.registry.store import Location
 
 if TYPE_CHECKING:
@@ -33,7 +34,7 @@ if TYPE_CHECKING:
 
     from minserve.config.server import ServerOptions
     from minserve.registry.models import Registry
-    from minserve.registry.reading import ValidModel
+    from minserve.registry.validating import ValidModel
     from minserve.worker.devices import Inventory
     from minserve.worker.runtime import RuntimeDirectory
 

@@ -11,14 +11,15 @@ from minserve.errors import ConfigError, MinServeError, StartupError
 from minserve.registry.archive import is_archive
 from minserve.registry.download import remove_abandoned
 from minserve.registry.fetching import obtain
-from minserve.registry.reading import Source, discard, read_model
+from minserve.registry.reading import discard, read_model
 from minserve.registry.registration import Registration
 from minserve.registry.snapshots import parse, restore
+from minserve.registry.source import Source
 from minserve.registry.store import ADDRESS, Location, locate
 
 if TYPE_CHECKING:
     from minserve.config.server import ServerOptions
-    from minserve.registry.reading import ValidModel
+    from minserve.registry.validating import ValidModel
     from minserve.worker.devices import Inventory
     from minserve.worker.runtime import RuntimeDirectory
 

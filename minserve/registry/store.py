@@ -23,7 +23,7 @@ ADDRESS = re.compile(r"[a-z][a-z0-9+.\-]*://", re.IGNORECASE)
 
 @dataclass(frozen=True, slots=True)
 class Location:
-    """A model directory or an archive, and the name to serve it under; None: its own, see `registry.reading`.
+    """A model directory or an archive, and the name to serve it under; None: its own, see `registry.validating`.
 
     Attributes:
         url: what was asked for; "" for the path.

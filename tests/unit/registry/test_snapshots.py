@@ -13,9 +13,9 @@ import pytest
 
 from minserve.errors import StartupError
 from minserve.registry.models import Registry
-from minserve.registry.reading import Source
 from minserve.registry.registration import Registration
 from minserve.registry.snapshots import Entry, Snapshots, newest, parse
+from minserve.registry.source import Source
 from minserve.registry.store import Location
 from tests.unit.worker.specs import make_spec
 
