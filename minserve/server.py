@@ -28,9 +28,10 @@ from minserve.frontend.app import (
 )
 from minserve.frontend.listeners import bind_all, places
 from minserve.frontend.tls import read_identity, tls_context
-from minserve.registry.models import Registry, read_devices
+from minserve.registry.models import Registry
 from minserve.registry.startup import read_models
 from minserve.telemetry.system import SystemMetrics
+from minserve.worker.devices import read_inventory
 from minserve.worker.guardian import Guardian
 from minserve.worker.reaper import Reaper
 from minserve.worker.runtime import LiveServer, RuntimeDirectory
@@ -102,7 +103,7 @@ class Server:
         require_c_parser()
         _raise_open_files()
         metrics = self._metrics()
-        inventory = read_devices(self._environ).first(self._options.number_of_gpu)
+        inventory = read_inventory(self._environ).first(self._options.number_of_gpu)
         self._runtime = RuntimeDirectory(self._environ)
         guardian = Guardian(self._runtime.path, self._runtime.models)
         reaper = Reaper()

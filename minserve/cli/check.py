@@ -19,13 +19,13 @@ def check(
     """Validate a model directory or an archive and print what a start would run, without starting anything."""
     from minserve.checking import describe_launches
     from minserve.config.server import read_server_options
-    from minserve.registry.models import read_devices
     from minserve.registry.store import Location
     from minserve.registry.validating import validate_model
+    from minserve.worker.devices import read_inventory
 
     try:
         options = read_server_options(config, {})
-        inventory = read_devices(os.environ).first(options.number_of_gpu)
+        inventory = read_inventory(os.environ).first(options.number_of_gpu)
         location = Location(Path(os.path.abspath(model_dir)))
         with tempfile.TemporaryDirectory(prefix="minserve-check-") as folder:
             model = validate_model(location, options, inventory, into=Path(folder) / "model", strict=True)

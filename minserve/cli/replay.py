@@ -46,11 +46,11 @@ def _replay(playlist: Playlist, model_dir: Path, nproc: int | None) -> None:
     import uvloop
 
     from minserve.config.server import ServerOptions
-    from minserve.registry.models import read_devices
     from minserve.registry.store import Location
     from minserve.registry.validating import validate_model
     from minserve.replay import Replay, with_ranks
     from minserve.telemetry import logging
+    from minserve.worker.devices import read_inventory
 
     async def play() -> Replay:
         asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, asyncio.current_task().cancel)  # type: ignore[union-attr]
@@ -60,7 +60,7 @@ def _replay(playlist: Playlist, model_dir: Path, nproc: int | None) -> None:
 
     log = None
     try:
-        inventory = read_devices(os.environ)
+        inventory = read_inventory(os.environ)
         model = validate_model(Location(Path(os.path.abspath(model_dir))), ServerOptions(), inventory)
         spec = with_ranks(model.spec, nproc)
         if spec.world_size != playlist.header.world_size:

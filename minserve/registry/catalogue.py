@@ -1,19 +1,29 @@
-"""Which versions of which models there are, and which of them is a model's default."""
+"""Which versions of which models there are, which of them is a model's default, and which models cannot be served."""
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from minserve.errors import Conflict, InvalidModelVersion, ModelNotFound, ModelVersionNotFound
+from minserve.errors import Conflict, InvalidModelVersion, ModelNotFound, ModelUnhealthy, ModelVersionNotFound
 
 if TYPE_CHECKING:
+    from minserve.errors import ConfigError
     from minserve.registry.served import ServedModel
 
 
 class Catalogue:
-    """Models by name, and each model's versions in the order in which they came. The first is the default at first."""
+    """Models by name, and each model's versions in the order in which they came. The first is the default at first.
 
-    def __init__(self) -> None:
+    Args:
+        lenient: a broken model is none, as with TorchServe, which knows nothing of what it cannot load.
+
+    Attributes:
+        broken: models that the server was told to serve and whose archive or configuration is wrong.
+    """
+
+    def __init__(self, lenient: bool) -> None:
+        self._lenient = lenient
+        self.broken: dict[str, ConfigError] = {}
         self._models: dict[str, dict[str, ServedModel]] = {}
         self._defaults: dict[str, ServedModel] = {}
 
@@ -74,9 +84,12 @@ class Catalogue:
 
         Raises:
             ModelNotFound, ModelVersionNotFound: there is none.
+            ModelUnhealthy: there should be one, and its configuration is wrong.
         """
         versions = self._models.get(name)
         if versions is None:
+            if name in self.broken and not self._lenient:
+                raise ModelUnhealthy(f'Model "{name}" cannot be served: its configuration is wrong, see the log')
             raise ModelNotFound(f"Model not found: {name}")
         if version is None:
             return self._defaults[name]

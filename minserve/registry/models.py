@@ -3,50 +3,29 @@
 from __future__ import annotations
 
 import asyncio
-import functools
-import logging
-from collections import defaultdict
-from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
 from minserve.config.server import ServerOptions
-from minserve.dispatch.dispatcher import Dispatcher
-from minserve.errors import (
-    BadRequest,
-    CleanupTimeout,
-    ConfigError,
-    Draining,
-    InvalidModel,
-    ModelNotFound,
-    ModelUnhealthy,
-    ModelVersionNotFound,
-    StartupError,
-)
+from minserve.errors import BadRequest, Draining, ModelVersionNotFound
 from minserve.registry.catalogue import Catalogue
-from minserve.registry.fetching import obtain
+from minserve.registry.changes import Changes
+from minserve.registry.making import Maker
 from minserve.registry.numbers import MOST_RANKS
-from minserve.registry.reading import discard, read_model
 from minserve.registry.registration import Registration
 from minserve.registry.served import ServedModel
-from minserve.registry.source import Source
-from minserve.registry.store import Location, locate
+from minserve.registry.store import Location, locate_named
 from minserve.registry.validating import ValidModel
-from minserve.telemetry.events import EventKind, EventLog
-from minserve.telemetry.meters import ModelMeters
 from minserve.telemetry.metrics import Metrics
-from minserve.worker.devices import DeviceAllocator, groups_that_fit, read_inventory
-from minserve.worker.supervisor import Supervisor
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Coroutine, Iterable, Mapping
 
+    from minserve.errors import ConfigError
     from minserve.telemetry.events import Event
     from minserve.worker.devices import Inventory
     from minserve.worker.runtime import RuntimeDirectory
 
-__all__ = ["Registration", "Registry", "ServedModel", "ValidModel", "read_devices"]
-
-logger = logging.getLogger(__name__)
+__all__ = ["Registration", "Registry", "ServedModel", "ValidModel"]
 
 T = TypeVar("T")
 
@@ -61,7 +40,6 @@ class Registry:
 
     Attributes:
         metrics: of the server; its models' meters belong to them.
-        broken: models that the server was told to serve and whose archive or configuration is wrong.
         stopping: the server ends; set a while before `stop` where balancers need the time.
         on_models_changed: called after each change of what is served: a registration, another number of workers, another
             default version, a model that goes.
@@ -77,28 +55,31 @@ class Registry:
         on_event: Callable[[str, Event], None] | None = None,
         metrics: Metrics | None = None,
     ) -> None:
-        self._runtime = runtime
-        self._inventory = inventory
-        self._devices = DeviceAllocator(inventory)
-        self._environ = environ
-        self._on_change = on_change
-        self._on_event = on_event
         self._options = options or ServerOptions()
         self.metrics = Metrics() if metrics is None else metrics
-        self._catalogue = Catalogue()
-        self._leaving: set[ServedModel] = set()
-        self._locks: defaultdict[tuple[str, str], asyncio.Lock] = defaultdict(asyncio.Lock)  # by name and version
-        self._changes: set[asyncio.Task[object]] = set()
-        self._registering: set[asyncio.Task[object]] = set()  # those of them that have not begun to start workers
-        self.broken: dict[str, ConfigError] = {}
+        self._catalogue = Catalogue(self._options.lenient)
+        maker = Maker(runtime, inventory, environ, on_change, self._options, on_event, self.metrics)
+        self._changes = Changes(
+            *(self._catalogue, maker, self._options, inventory, self._check_running, self._models_changed)
+        )
+        self._tasks: set[asyncio.Task[object]] = set()
         self.stopping = False
         self.on_models_changed: Callable[[], None] | None = None
+
+    @property
+    def broken(self) -> dict[str, ConfigError]:
+        """Models that the server was told to serve and whose archive or configuration is wrong."""
+        return self._catalogue.broken
+
+    @broken.setter
+    def broken(self, broken: dict[str, ConfigError]) -> None:
+        self._catalogue.broken = broken
 
     # ── what a change is: it goes on when whoever asked for it has left ──
 
     def add(self, model: ValidModel) -> None:
         """Takes a model in at the start of the server and begins to start its workers."""
-        self._take_in(model, loaded_at_startup=True).supervisor.start()
+        self._changes.take_in(model, loaded_at_startup=True).supervisor.start()
 
     async def register(self, registration: Registration) -> ServedModel:
         """Reads a model, takes it in and begins to start its workers. The first version of a model is its default.
@@ -110,7 +91,7 @@ class Registry:
             Draining: the server is stopping.
             MinServeError: it cannot be fetched, or its packages cannot be installed.
         """
-        return await self._change(self._register(registration))
+        return await self._change(self._changes.register(registration))
 
     async def scale(self, name: str, version: str | None, fewest: int, most: int) -> ServedModel:
         """Gives a model version another number of workers: begins to start what is missing, and to drain what is too many.
@@ -128,7 +109,7 @@ class Registry:
         allowed = MOST_RANKS // self.find(name, version).spec.world_size
         if fewest > allowed:
             raise BadRequest(f"min_worker: found {fewest}, allowed: at most {allowed}")
-        return await self._change(self._scale(name, version, fewest, most))
+        return await self._change(self._changes.scale(name, version, fewest, most))
 
     async def unregister(self, name: str, version: str | None = None) -> None:
         """Takes a model version away, the default one if none is named. Requests that are there are answered first.
@@ -144,7 +125,7 @@ class Registry:
             self._models_changed()
             return
         self._catalogue.check_removable(self.find(name, version))
-        await self._change(self._unregister(name, version))
+        await self._change(self._changes.unregister(name, version))
 
     def set_default(self, name: str, version: str) -> None:
         """Requests that name no version go to this one from now on.
@@ -172,168 +153,42 @@ class Registry:
         """
         if name in self._catalogue or name not in self.broken:
             self.find(name, version)
-        await self._change(self._reload(name, version))
+        await self._change(self._changes.reload(name, version))
 
     async def stop(self) -> None:
         """Drains and ends every worker of every model. Cancelling it ends them at once, and waits for that, too."""
         self.stopping = True
-        for task in self._registering:
-            task.cancel()
-        models = [*self.models(), *self._leaving]
+        self._changes.cancel_registrations()
+        models = [*self.models(), *self._changes.leaving]
         try:
             await asyncio.gather(*(model.supervisor.stop(model.spec.config.minserve.drain_timeout) for model in models))
         except asyncio.CancelledError:
             await asyncio.gather(*(model.supervisor.stop(0.0) for model in models))  # whoever had not begun
             raise
         finally:
-            if self._changes:
-                await asyncio.wait(self._changes)
+            if self._tasks:
+                await asyncio.wait(self._tasks)
 
     # ── inside ──
 
     async def _change(self, work: Coroutine[object, object, T]) -> T:
-        if self.stopping:
+        try:
+            self._check_running()
+        except Draining:
             work.close()
-            raise Draining("the server is shutting down")
+            raise
         task = asyncio.create_task(work)
-        self._changes.add(task)
-        task.add_done_callback(self._changes.discard)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
         return await asyncio.shield(task)
+
+    def _check_running(self) -> None:
+        if self.stopping:
+            raise Draining("the server is shutting down")
 
     def _models_changed(self) -> None:
         if self.on_models_changed is not None:
             self.on_models_changed()
-
-    def _take_in(self, model: ValidModel, loaded_at_startup: bool) -> ServedModel:
-        spec = model.spec
-        if self.stopping:
-            raise Draining("the server is shutting down")
-        self._catalogue.check_free(spec.name, spec.version)
-        dispatcher = Dispatcher(
-            asyncio.get_running_loop(),
-            spec.name,
-            spec.config.batch_size,
-            spec.config.max_batch_delay / 1000,
-            spec.queue_limit,
-            spec.config.minserve.retry_in_flight,
-            ModelMeters(self.metrics, spec.name, spec.version),
-        )
-        directory = self._runtime.new_model_directory()
-        hear = functools.partial(self._on_event, spec.title) if self._on_event is not None else None
-        events = EventLog(spec.name, on_event=hear)
-        supervisor = Supervisor(
-            *(spec, model.workers, directory, dispatcher, self._devices, self._environ, events, self._on_change)
-        )
-        served = ServedModel(model, directory, dispatcher, supervisor, events, loaded_at_startup)
-        self._catalogue.add(served)
-        return served
-
-    async def _register(self, registration: Registration) -> ServedModel:
-        task = asyncio.current_task()
-        assert task is not None
-        self._registering.add(task)
-        try:
-            source = await obtain(registration, self._options)
-            try:
-                served = await self._read_and_take_in(source)
-            except BaseException:
-                source.discard()
-                raise
-        except ConfigError as error:
-            raise InvalidModel(str(error)) from None
-        except asyncio.CancelledError:
-            raise Draining("the server is shutting down") from None
-        finally:
-            self._registering.discard(task)
-        self.broken.pop(served.spec.name, None)
-        served.supervisor.start()
-        logger.info("%s is registered from %s", served.spec.title, registration.url)
-        self._models_changed()
-        return served
-
-    async def _read_and_take_in(self, source: Source) -> ServedModel:
-        model = await self._read(source)
-        try:
-            async with self._locks[model.spec.name, model.spec.version]:  # one that is being unregistered goes first
-                return self._take_in(model, loaded_at_startup=False)
-        except BaseException:
-            await discard(model)
-            raise
-
-    async def _scale(self, name: str, version: str | None, fewest: int, most: int) -> ServedModel:
-        version = self.find(name, version).spec.version
-        async with self._locks[name, version]:
-            served = self.find(name, version)
-            fit = groups_that_fit(served.spec.config, served.spec.world_size, self._inventory)
-            if fit is not None and most > fit:
-                logger.warning("%s: up to %d workers asked for, there are devices for %d", name, most, fit)
-                fewest, most = min(fewest, fit), fit
-            await served.resize(fewest, most)
-        self._models_changed()
-        return served
-
-    async def _unregister(self, name: str, version: str | None) -> None:
-        version = self.find(name, version).spec.version
-        async with self._locks[name, version]:
-            served = self.find(name, version)
-            spec = served.spec
-            self._catalogue.check_removable(served)
-            self._catalogue.remove(served)
-            self._leaving.add(served)
-            self._models_changed()
-            gone = ModelNotFound(f"Model not found: {name}")
-            drain_timeout = max(spec.config.minserve.drain_timeout, spec.response_timeout)
-            in_time = await served.end(gone, self._options.unregister_model_timeout, drain_timeout)
-            self._leaving.discard(served)
-            self._runtime.drop_model_directory(served.directory)
-            served.source.discard()
-        if not in_time:
-            raise CleanupTimeout(f"Timed out while cleaning resources: {name}")
-        logger.info("%s is unregistered", spec.title)
-
-    async def _reload(self, name: str, version: str | None) -> None:
-        version = self.find(name, version).spec.version if name in self._catalogue else ""
-        async with self._locks[name, version]:
-            known = name in self._catalogue or name not in self.broken
-            served = self.find(name, version or None) if known else None
-            try:
-                model = await self._read_again(name, served)
-            except ConfigError as error:
-                if served is None:
-                    self.broken[name] = error
-                else:
-                    served.events.record(EventKind.RELOAD_FAILED, "; ".join(str(error).splitlines()))
-                raise
-            try:
-                if self.stopping:
-                    raise Draining("the server is shutting down")
-                if served is None:
-                    served = self._take_in(model, loaded_at_startup=True)
-                    del self.broken[name]
-                await served.replace(model)
-            except BaseException:
-                if served is None or served.extracted != model.extracted:
-                    await discard(model)
-                raise
-            logger.info("%s: reloaded", name)
-
-    async def _read(self, source: Source) -> ValidModel:
-        model = await read_model(source, self._options, self._inventory, self._runtime)
-        for warning in model.warnings:
-            logger.warning("%s", warning)
-        return model
-
-    async def _read_again(self, name: str, served: ServedModel | None) -> ValidModel:
-        model = await self._read(served.source if served is not None else Source(self.location(name)))
-        found = model.spec
-        if served is not None and (found.name, found.version) != (served.spec.name, served.spec.version):
-            await discard(model)
-            raise ConfigError(
-                f"{served.source.location.path}: found {found.name}, version {found.version}, allowed: "
-                f"{served.spec.name}, version {served.spec.version}, which is what is reloaded; "
-                "register another version by itself"
-            )
-        return model
 
     # ── look-up ──
 
@@ -353,15 +208,7 @@ class Registry:
         """
         if name in self._catalogue:
             return self.find(name, version).source.location
-        options = self._options
-        try:
-            locations = locate(Path(options.model_store), options.load_models, options.lenient)
-        except StartupError as error:
-            raise ConfigError(str(error)) from None
-        for location in locations:
-            if (location.name or location.file_name) == name:
-                return location
-        raise ConfigError(f"{name} is not in {options.model_store} any more")
+        return locate_named(name, self._options)
 
     def find(self, name: str, version: str | None = None) -> ServedModel:
         """The model that a request names; without a version the default one.
@@ -370,14 +217,4 @@ class Registry:
             ModelNotFound, ModelVersionNotFound: there is none.
             ModelUnhealthy: there should be one, and its configuration is wrong.
         """
-        try:
-            return self._catalogue.find(name, version)
-        except ModelNotFound:
-            if name not in self.broken or self._options.lenient:
-                raise  # TorchServe knows nothing of what it cannot load
-            raise ModelUnhealthy(f'Model "{name}" cannot be served: its configuration is wrong, see the log') from None
-
-
-def read_devices(environ: Mapping[str, str]) -> Inventory:
-    """The devices that this server may use."""
-    return read_inventory(environ.get("CUDA_VISIBLE_DEVICES"))
+        return self._catalogue.find(name, version)

@@ -16,6 +16,8 @@ from minserve.registry.archive import ENDINGS, MANIFEST, is_archive
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
+    from minserve.config.server import ServerOptions
+
 logger = logging.getLogger(__name__)
 
 ADDRESS = re.compile(r"[a-z][a-z0-9+.\-]*://", re.IGNORECASE)
@@ -78,6 +80,22 @@ def locate(store: Path, wanted: Sequence[str], lenient: bool = False) -> list[Lo
             missing = ConfigError(f"Model not found at: {location}")
         locations.append(Location(Path(os.path.abspath(path)), name, location, missing))
     return locations
+
+
+def locate_named(name: str, options: ServerOptions) -> Location:
+    """Where the model of the store lies that is served under a name, or cannot be.
+
+    Raises:
+        ConfigError: it is not in the store any more.
+    """
+    try:
+        locations = locate(Path(options.model_store), options.load_models, options.lenient)
+    except StartupError as error:
+        raise ConfigError(str(error)) from None
+    for location in locations:
+        if (location.name or location.file_name) == name:
+            return location
+    raise ConfigError(f"{name} is not in {options.model_store} any more")
 
 
 def find_model(store: Path, url: str, allowed_urls: Sequence[str]) -> Path:

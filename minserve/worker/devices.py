@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from minserve.config.keys import ModelConfig, ParallelType
@@ -54,13 +54,13 @@ class Devices:
     ids: tuple[int, ...] = ()
 
 
-def read_inventory(cuda_visible_devices: str | None) -> Inventory:
+def read_inventory(environ: Mapping[str, str]) -> Inventory:
     """Ask NVML for the machine's GPUs. Without a driver or its library the inventory is empty; never raises.
 
     Args:
-        cuda_visible_devices: the variable as the server inherited it; None when it is not set.
+        environ: what the server inherited; its CUDA_VISIBLE_DEVICES counts.
     """
-    return Inventory(visible_devices(_gpu_uuids(), cuda_visible_devices))
+    return Inventory(visible_devices(_gpu_uuids(), environ.get("CUDA_VISIBLE_DEVICES")))
 
 
 def visible_devices(uuids: Sequence[str], cuda_visible_devices: str | None) -> tuple[str, ...]:

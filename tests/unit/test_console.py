@@ -27,7 +27,7 @@ class Start:
     """A server that is starting, as far as the console looks at it."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr("minserve.registry.models.Supervisor", FakeSupervisor)
+        monkeypatch.setattr("minserve.registry.making.Supervisor", FakeSupervisor)
         self.rig = Rig()
         self.server = Server(ServerOptions(), {})
         self.server.registry = self.rig.registry
@@ -122,7 +122,7 @@ async def test_status_is_a_row_for_each_rank_and_one_for_a_worker_without(capsys
 async def test_status_takes_what_management_says_of_every_model_also_of_a_broken_one(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr("minserve.registry.models.Supervisor", FakeSupervisor)
+    monkeypatch.setattr("minserve.registry.making.Supervisor", FakeSupervisor)
     async with Rig() as rig:
         rig.supervisor().reports = [report(State.READY, progress="loaded")]
         rig.registry.broken = {"bad": ConfigError("model-config.yaml:3: batchSize")}

@@ -25,7 +25,7 @@ pytestmark = pytest.mark.asyncio
 @pytest.fixture(autouse=True)
 def no_ranks(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """No worker is started, and the signals are pytest's again afterwards."""
-    monkeypatch.setattr("minserve.registry.models.Supervisor", FakeSupervisor)
+    monkeypatch.setattr("minserve.registry.making.Supervisor", FakeSupervisor)
     before = {number: signal.getsignal(number) for number in SIGNALS}
     files = resource.getrlimit(resource.RLIMIT_NOFILE)
     yield
@@ -201,7 +201,7 @@ class Stopping:
 
 @pytest.fixture
 def draining(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("minserve.registry.models.Supervisor", Draining)
+    monkeypatch.setattr("minserve.registry.making.Supervisor", Draining)
 
 
 async def test_during_the_delay_the_server_serves_and_is_not_ready(
@@ -315,7 +315,7 @@ async def test_what_a_worker_needs_is_made_anew_before_it_starts_again(store: Pa
     await stopping.server.listening.wait()
     directory = Path(environ["MINSERVE_RUNTIME_DIR"]) / f"minserve-{os.getpid()}"
     shutil.rmtree(directory)
-    stopping.server.registry._on_change()
+    stopping.server._worker_changed()
     assert (directory / "m1").is_dir()
     assert stopping.server.changed.is_set()
     assert [live.pid for live in live_servers(environ)] == [os.getpid()]

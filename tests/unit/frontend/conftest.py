@@ -17,7 +17,7 @@ def options(request: pytest.FixtureRequest) -> ServerOptions:
 
 @pytest_asyncio.fixture
 async def rig(options: ServerOptions, monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[Rig]:
-    monkeypatch.setattr("minserve.registry.models.Supervisor", FakeSupervisor)
+    monkeypatch.setattr("minserve.registry.making.Supervisor", FakeSupervisor)
     async with Rig(options) as rig:
         yield rig
 

@@ -205,7 +205,7 @@ class Rig:
         self._options = options
         self._keys = keys
         self._now = 1000.0
-        self.registry = Registry(FakeRuntime(), Inventory(), {}, lambda: None)
+        self.registry = Registry(FakeRuntime(), Inventory(), {}, lambda: None, options)
         self.lane = Lane()
         self.add("m").attach(self.lane)
 

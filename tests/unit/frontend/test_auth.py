@@ -180,7 +180,7 @@ def passed(handler: object) -> Callable[[web.Request], Awaitable[web.StreamRespo
 
 @pytest_asyncio.fixture
 async def registry(monkeypatch: pytest.MonkeyPatch) -> Registry:
-    monkeypatch.setattr("minserve.registry.models.Supervisor", FakeSupervisor)
+    monkeypatch.setattr("minserve.registry.making.Supervisor", FakeSupervisor)
     return Rig().registry
 
 
@@ -252,7 +252,7 @@ async def test_where_no_key_is_asked_for_none_is_looked_at(registry: Registry, m
 
 @pytest_asyncio.fixture
 async def rig(keys: Keys, monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[Rig]:
-    monkeypatch.setattr("minserve.registry.models.Supervisor", FakeSupervisor)
+    monkeypatch.setattr("minserve.registry.making.Supervisor", FakeSupervisor)
     async with Rig(PROTECTED, keys) as rig:
         yield rig
 

@@ -58,8 +58,7 @@ def changes(rig: Rig, options: ServerOptions, plan: list[Plan], monkeypatch: pyt
             change(supervisor)
         return supervisor
 
-    monkeypatch.setattr("minserve.registry.models.Supervisor", make)
-    rig.registry._options = options
+    monkeypatch.setattr("minserve.registry.making.Supervisor", make)
     for folder, version in (("a", "1.0"), ("a2", "2.0")):
         model = Path(options.model_store, folder)
         Path(model, "MAR-INF").mkdir(parents=True)
@@ -297,7 +296,7 @@ async def test_a_call_that_need_not_wait_is_not_held_up_by_another_change(
     changes: Changes, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("minserve.frontend.changing.PROMPT_S", 0.0)
-    async with changes.rig.registry._locks["m", "1.0"]:
+    async with changes.rig.registry._changes._locks["m", "1.0"]:
         assert (await changes.call("PUT", "/models/m?min_worker=2"))[0] == 202
         assert changes.rig.supervisor().resized == []
     await until(lambda: changes.rig.supervisor().resized == [(2, 2)])
@@ -307,7 +306,7 @@ async def test_what_goes_wrong_when_nobody_waits_any_more_is_in_the_log(
     changes: Changes, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setattr("minserve.frontend.changing.PROMPT_S", 0.0)
-    async with changes.rig.registry._locks["m", "1.0"]:
+    async with changes.rig.registry._changes._locks["m", "1.0"]:
         assert (await changes.call("PUT", "/models/m?min_worker=2"))[0] == 202
         changes.rig.registry._catalogue.remove(changes.served("m"))
     await until(lambda: "a model is not scaled after all: Model not found: m" in caplog.text)
@@ -363,7 +362,8 @@ async def test_a_model_that_cannot_be_read_is_unregistered_too(changes: Changes)
 
 
 async def test_unregistering_takes_no_longer_than_it_may(changes: Changes) -> None:
-    changes.rig.registry._options = changes.rig.registry._options.model_copy(update={"unregister_model_timeout": 0.01})
+    registry = changes.rig.registry
+    registry._changes._options = registry._options.model_copy(update={"unregister_model_timeout": 0.01})
     call = asyncio.create_task(changes.rig.inference.post("/predictions/m", data=b""))
     changes.rig.lane.handle = lambda request: None
     await until(lambda: changes.rig.lane.requests)

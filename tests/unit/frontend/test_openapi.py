@@ -23,7 +23,7 @@ FULL = OPTIONS.model_copy(update={"enable_model_api": True})
 
 @pytest_asyncio.fixture
 async def registry(monkeypatch: pytest.MonkeyPatch) -> Registry:
-    monkeypatch.setattr("minserve.registry.models.Supervisor", FakeSupervisor)
+    monkeypatch.setattr("minserve.registry.making.Supervisor", FakeSupervisor)
     return Rig().registry
 
 

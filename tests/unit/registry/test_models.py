@@ -2,7 +2,7 @@ import pytest
 
 from minserve.config.server import ServerOptions
 from minserve.errors import ConfigError, ModelNotFound, ModelUnhealthy, ModelVersionNotFound
-from minserve.registry.models import Registry, ValidModel, read_devices
+from minserve.registry.models import Registry, ValidModel
 from minserve.worker.devices import Inventory
 from tests.unit.frontend.rig import FakeRuntime, FakeSupervisor
 from tests.unit.worker.specs import make_spec
@@ -10,12 +10,9 @@ from tests.unit.worker.specs import make_spec
 TWO = Inventory(("0", "1"))
 
 
-# ── the registry ──
-
-
 @pytest.fixture
 def registry(monkeypatch: pytest.MonkeyPatch) -> Registry:
-    monkeypatch.setattr("minserve.registry.models.Supervisor", FakeSupervisor)
+    monkeypatch.setattr("minserve.registry.making.Supervisor", FakeSupervisor)
     return Registry(FakeRuntime(), TWO, {}, lambda: None)
 
 
@@ -57,13 +54,3 @@ async def test_stopping_gives_each_model_its_own_time_to_drain(registry: Registr
     supervisor: object = registry.find("m").supervisor
     assert isinstance(supervisor, FakeSupervisor)
     assert supervisor.stopped == [spec.config.minserve.drain_timeout]
-
-
-@pytest.mark.parametrize(
-    ("environ", "mask"), [({}, None), ({"CUDA_VISIBLE_DEVICES": ""}, ""), ({"CUDA_VISIBLE_DEVICES": "1"}, "1")]
-)
-def test_the_inherited_mask_decides_what_the_server_may_use(
-    environ: dict[str, str], mask: str | None, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("minserve.registry.models.read_inventory", lambda given: Inventory((repr(given),)))
-    assert read_devices(environ) == Inventory((repr(mask),))

@@ -173,9 +173,9 @@ def fake_nvml(**functions: object) -> SimpleNamespace:
 
 def test_the_inventory_is_what_nvml_sees_through_the_inherited_mask(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "pynvml", fake_nvml())
-    assert read_inventory(None) == EIGHT
-    assert read_inventory("4,5,6,7") == Inventory(tuple("4567"))
-    assert read_inventory("") == Inventory()
+    assert read_inventory({}) == EIGHT
+    assert read_inventory({"CUDA_VISIBLE_DEVICES": "4,5,6,7"}) == Inventory(tuple("4567"))
+    assert read_inventory({"CUDA_VISIBLE_DEVICES": ""}) == Inventory()
 
 
 def broken() -> None:
@@ -187,7 +187,7 @@ def test_without_a_driver_or_its_library_the_inventory_is_empty(
     module: SimpleNamespace | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(sys.modules, "pynvml", module)  # None: the import fails
-    assert read_inventory(None) == Inventory()
+    assert read_inventory({}) == Inventory()
 
 
 @pytest.mark.parametrize(
