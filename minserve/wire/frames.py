@@ -48,8 +48,7 @@ class Kind(enum.IntEnum):
     CONTINUE = 34  # every rank left batch seq with the same error: those that raised may go on
     GRANT = 35  # the stream of batch seq may go up to a step
     CANCEL = 36  # the stream of batch seq ends behind the last granted step
-    DRAIN = 37  # no more batches will come
-    SHUTDOWN = 38
+    SHUTDOWN = 37
 
 
 PROBE = 1  # flag of a BATCH without requests: run the handler's probe; every rank answers, those > 0 with DONE

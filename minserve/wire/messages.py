@@ -206,7 +206,7 @@ class Step(Message):
 
 
 class Shutdown(Message):
-    """Meta of DRAIN and SHUTDOWN."""
+    """Meta of SHUTDOWN."""
 
     reason: str
 

@@ -116,10 +116,10 @@ def test_a_server_that_is_gone_when_a_rank_speaks_is_a_disconnect_too(error: typ
 
 
 def test_what_only_a_rank_may_say_is_refused_from_a_server_but_not_what_came_before_it() -> None:
-    connection = over(FakeSocket(encode(Kind.DRAIN) + encode(Kind.REPLY, 1)))
+    connection = over(FakeSocket(encode(Kind.SHUTDOWN) + encode(Kind.REPLY, 1)))
     with pytest.raises(WireError, match="frame kind 5 is not allowed"):
         connection.receive()
-    assert connection.receive().kind is Kind.DRAIN
+    assert connection.receive().kind is Kind.SHUTDOWN
 
 
 def test_hello_says_who_this_rank_is() -> None:

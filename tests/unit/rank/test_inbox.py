@@ -8,7 +8,6 @@ from minserve.errors import WireError
 from minserve.rank.connection import Disconnected
 from minserve.rank.inbox import Inbox
 from minserve.wire.frames import Frame, Kind
-from minserve.wire.messages import Shutdown
 from tests.unit.rank.rig import (
     DEADLINE_S,
     SHUTDOWN,
@@ -17,7 +16,6 @@ from tests.unit.rank.rig import (
     Running,
     batch,
     cancel,
-    frame,
     grant,
     load,
     resume,
@@ -63,8 +61,7 @@ class Threads:
 
 
 def test_what_the_loop_works_on_comes_in_the_order_in_which_it_was_sent() -> None:
-    drain = frame(Kind.DRAIN, Shutdown(""))
-    frames = [load("/m"), batch(1), grant(1, 9), resume(1), batch(2), cancel(1, 9), drain, SHUTDOWN]
+    frames = [load("/m"), batch(1), grant(1, 9), resume(1), batch(2), cancel(1, 9), SHUTDOWN]
     inbox = Inbox(FakeConnection(frames))
     assert [inbox.next().kind for _ in range(4)] == [Kind.LOAD, Kind.BATCH, Kind.BATCH, Kind.SHUTDOWN]
     with pytest.raises(Disconnected):

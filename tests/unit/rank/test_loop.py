@@ -16,7 +16,7 @@ from minserve.errors import WireError
 from minserve.rank import threads
 from minserve.rank.loop import Rank
 from minserve.wire.frames import Frame, Kind
-from minserve.wire.messages import Answers, Batch, Failure, Loaded, Metrics, Progress, Shutdown, unpack
+from minserve.wire.messages import Answers, Batch, Failure, Loaded, Metrics, Progress, unpack
 from tests.unit.rank.rig import (
     DEADLINE_S,
     SHUTDOWN,
@@ -160,7 +160,7 @@ def test_anything_but_load_comes_first_stops_the_rank(capfd: pytest.CaptureFixtu
     assert connection.sent == []
 
 
-@pytest.mark.parametrize("frames", [[], [frame(Kind.DRAIN, Shutdown("")), resume(3)]])
+@pytest.mark.parametrize("frames", [[], [resume(3)]])
 def test_a_link_that_ends_ends_the_rank_quietly(serve: Serve, frames: list[Frame]) -> None:
     assert serve(ECHO, *frames).code == 0
 
@@ -230,7 +230,7 @@ def test_a_batch_out_of_sequence_stops_the_rank_before_it_runs(
 
 def test_grants_cancels_and_the_rest_between_batches_change_nothing(serve: Serve) -> None:
     strangers = [grant(1, 16), cancel(1, 16), resume(1), grant(9, 16), cancel(9, 16), resume(9)]
-    served = serve(ECHO, batch(1, b"a"), *strangers, frame(Kind.DRAIN, Shutdown("")), batch(2, b"b"))
+    served = serve(ECHO, batch(1, b"a"), *strangers, batch(2, b"b"))
     assert served.connection.answers() == [[(0, b"a")], [(0, b"b")]]
 
 

@@ -107,7 +107,7 @@ def test_an_end_inside_a_large_frame_is_midway() -> None:
 def test_frames_around_the_size_of_the_scratch_survive_every_split(before: int, meta: int, body: int) -> None:
     """40 bytes fit behind a header in this scratch; a frame in front and one behind show that nothing spills over."""
     messages = [
-        Frame(Kind.DRAIN, 0, 0, bytearray(pattern(before, 3)), bytearray()),
+        Frame(Kind.LOAD, 0, 0, bytearray(pattern(before, 3)), bytearray()),
         Frame(Kind.BATCH, 0, 5, bytearray(pattern(meta, 1)), bytearray(pattern(body, 2))),
         Frame(Kind.CONTINUE, 0, 6, bytearray(b"x"), bytearray()),
     ]
