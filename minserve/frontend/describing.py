@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 
     from minserve.registry.models import ServedModel
     from minserve.telemetry.events import Event
-    from minserve.worker.worker import WorkerReport
+    from minserve.worker.reports import WorkerReport
 
 Json = dict[str, object]
 

@@ -19,8 +19,8 @@ if TYPE_CHECKING:
     from minserve.errors import WorkerFailed
     from minserve.telemetry.events import EventLog
     from minserve.worker.devices import DeviceAllocator
+    from minserve.worker.reports import WorkerReport
     from minserve.worker.spec import ModelSpec
-    from minserve.worker.worker import WorkerReport
 
 logger = logging.getLogger(__name__)
 

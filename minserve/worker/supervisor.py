@@ -21,8 +21,9 @@ if TYPE_CHECKING:
     from minserve.telemetry.events import EventLog
     from minserve.worker.devices import DeviceAllocator
     from minserve.worker.keeper import Keeper
+    from minserve.worker.reports import WorkerReport
     from minserve.worker.spec import ModelSpec
-    from minserve.worker.worker import Worker, WorkerReport
+    from minserve.worker.worker import Worker
 
 logger = logging.getLogger(__name__)
 

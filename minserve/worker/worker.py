@@ -5,14 +5,13 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from minserve.errors import WorkerFailed
-from minserve.telemetry.events import EventKind
-from minserve.worker.blame import AGENT, What
 from minserve.worker.devices import NoDevicesError
+from minserve.worker.faults import kind_of_fault
 from minserve.worker.group import RankGroup
+from minserve.worker.reports import RankReport, WorkerReport
 from minserve.worker.states import State, Trigger, after
 
 if TYPE_CHECKING:
@@ -21,54 +20,12 @@ if TYPE_CHECKING:
 
     from minserve.dispatch.dispatcher import Dispatcher
     from minserve.dispatch.request import Request
-    from minserve.telemetry.events import EventLog
-    from minserve.worker.blame import Cause
+    from minserve.telemetry.events import EventKind, EventLog
     from minserve.worker.devices import DeviceAllocator, Devices
     from minserve.worker.recorder import Recorder
     from minserve.worker.spec import ModelSpec
 
 logger = logging.getLogger(__name__)
-
-_KINDS = {
-    What.PROTOCOL: EventKind.PROTOCOL,
-    What.DEATH: EventKind.RANK_DIED,
-    What.EXCEPTION: EventKind.RANK_RAISED,
-    What.PROBE: EventKind.PROBE_FAILED,
-    What.STALL: EventKind.RANK_STALLED,
-    What.SILENCE: EventKind.TIMEOUT,
-    What.COLLECTIVE: EventKind.RANK_RAISED,
-}
-
-
-@dataclass(frozen=True, slots=True)
-class RankReport:
-    """One rank as operators see it."""
-
-    rank: int
-    pid: int
-    endpoint: str
-    progress: str
-
-
-@dataclass(frozen=True, slots=True)
-class WorkerReport:
-    """One worker as operators see it. Times are seconds since the epoch."""
-
-    number: int
-    state: State
-    started_at: float
-    restarts: int
-    devices: str | None
-    agent_pid: int
-    ranks: tuple[RankReport, ...]
-    last_error: str
-    last_error_at: float
-    last_lines: tuple[str, ...]
-
-    @property
-    def serving(self) -> bool:
-        """Whether it takes batches."""
-        return self.state in (State.READY, State.BUSY)
 
 
 class Worker:
@@ -339,20 +296,10 @@ class Worker:
 
     def _tell(self, error: WorkerFailed) -> None:
         self._last_error, self._last_error_at = error, time.time()
-        self._record(error, self._group.cause if self._group is not None else None)
-        logger.error("%s%s", error, "".join(f"\n    {line}" for line in error.last_lines))
-
-    def _record(self, error: WorkerFailed, cause: Cause | None) -> None:
-        """One event for one fault."""
-        starts = self._state in (State.STARTING, State.CONNECTING, State.LOADING)
-        if cause is None or (starts and cause.what in (What.EXCEPTION, What.COLLECTIVE, What.SILENCE)):
-            kind = EventKind.START_FAILED
-        elif cause.what is What.DEATH and cause.rank == AGENT:
-            kind = EventKind.AGENT_DIED
-        else:
-            kind = _KINDS[cause.what]
+        cause = self._group.cause if self._group is not None else None
         rank, pid = (cause.rank, cause.pid) if cause is not None else (None, 0)
-        self._events.record(kind, str(error), self.number, rank, pid)
+        self._events.record(kind_of_fault(cause, self._state), str(error), self.number, rank, pid)
+        logger.error("%s%s", error, "".join(f"\n    {line}" for line in error.last_lines))
 
     def _happened(self, kind: EventKind, detail: str, rank: int, pid: int) -> None:
         self._events.record(kind, detail, self.number, rank, pid)

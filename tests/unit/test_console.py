@@ -10,8 +10,8 @@ from minserve.config.server import ServerOptions
 from minserve.errors import ConfigError
 from minserve.registry.models import ValidModel
 from minserve.server import Server
+from minserve.worker.reports import RankReport, WorkerReport
 from minserve.worker.states import State
-from minserve.worker.worker import RankReport, WorkerReport
 from tests.unit.frontend.rig import FakeSupervisor, Rig
 from tests.unit.worker.specs import make_spec, until
 

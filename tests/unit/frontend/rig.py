@@ -29,9 +29,9 @@ from minserve.registry.models import Registry, ValidModel
 from minserve.telemetry.events import EventLog
 from minserve.wire.messages import Answer
 from minserve.worker.devices import DeviceAllocator, Inventory
+from minserve.worker.reports import WorkerReport
 from minserve.worker.runtime import RuntimeDirectory
 from minserve.worker.spec import ModelSpec
-from minserve.worker.worker import WorkerReport
 from tests.unit.worker.specs import make_spec
 
 MAX_BODY = 1000

@@ -5,8 +5,8 @@ import pytest
 
 from minserve.errors import ConfigError, HandlerError, NoWorkers, WorkerFailed
 from minserve.wire.messages import Answer
+from minserve.worker.reports import RankReport, WorkerReport
 from minserve.worker.states import State
-from minserve.worker.worker import RankReport, WorkerReport
 from tests.unit.frontend.rig import Rig
 from tests.unit.worker.specs import model_config
 

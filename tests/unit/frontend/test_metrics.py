@@ -11,8 +11,8 @@ from minserve.telemetry.declarations import DEFAULT, OWN_REQUEST_SECONDS
 from minserve.telemetry.events import EventKind
 from minserve.telemetry.metrics import Metrics, Mode
 from minserve.wire.messages import RequestMeta
+from minserve.worker.reports import WorkerReport
 from minserve.worker.states import State
-from minserve.worker.worker import WorkerReport
 from tests.unit.frontend.rig import OPTIONS, Client, Rig, Server
 
 pytestmark = pytest.mark.asyncio

@@ -11,8 +11,9 @@ from minserve.telemetry.events import EventKind, EventLog
 from minserve.wire.messages import RequestMeta
 from minserve.worker.blame import AGENT, Cause, What
 from minserve.worker.devices import DeviceAllocator, Inventory
+from minserve.worker.reports import RankReport
 from minserve.worker.states import State
-from minserve.worker.worker import RankReport, Worker
+from minserve.worker.worker import Worker
 from tests.unit.worker.groups import FakeGroup, no_ranks
 from tests.unit.worker.specs import make_spec, model_config, until
 
