@@ -125,8 +125,7 @@ class Changes:
             self.leaving.add(served)
             self._tell()
             gone = ModelNotFound(f"Model not found: {name}")
-            drain_timeout = max(spec.config.minserve.drain_timeout, spec.response_timeout)
-            in_time = await served.end(gone, self._options.unregister_model_timeout, drain_timeout)
+            in_time = await served.end(gone, self._options.unregister_model_timeout, spec.longest_drain)
             self.leaving.discard(served)
             self._maker.clear_away(served)
         if not in_time:

@@ -93,3 +93,8 @@ class ModelSpec:
             return self.config.client_timeout_in_mills / 1000
         queue = self.config.minserve.queue_timeout
         return (self.response_timeout if queue is None else queue) + self.response_timeout
+
+    @property
+    def longest_drain(self) -> float:
+        """Seconds for what a worker has in flight when the server serves on without it: as long as any batch may take."""
+        return max(self.config.minserve.drain_timeout, self.response_timeout)

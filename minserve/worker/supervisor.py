@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING
 
 from minserve.errors import Draining, MinServeError, ModelUnhealthy, NoWorkers, WorkerFailed
 from minserve.telemetry.events import EventKind
+from minserve.worker.autoscaling import Autoscaler
 from minserve.worker.crew import Crew
-from minserve.worker.scaling import Scale, Scaler
+from minserve.worker.scaling import Scaler
 from minserve.worker.starting import Starting
 from minserve.worker.states import State
 
@@ -26,8 +27,6 @@ if TYPE_CHECKING:
     from minserve.worker.worker import Worker
 
 logger = logging.getLogger(__name__)
-
-LOOK_S = 1.0  # between two looks at the load
 
 
 class Supervisor:
@@ -54,10 +53,10 @@ class Supervisor:
         self._crew = Crew(directory, dispatcher, devices, environ, events, self._given_up, self._changed)
         self._on_change = on_change
         self._starting = Starting(self._crew)
+        self._autoscaler = Autoscaler(spec.name, self._crew, dispatcher, events, self._revive)
         self._scaler = _scaler(spec, count, spec.config.max_workers_or(count))
         self._verdict: WorkerFailed | None = None
         self._change: asyncio.Task[None] | None = None
-        self._scaling: asyncio.Task[None] | None = None
         self._stopping = False
 
     # ── its life, in order ──
@@ -89,7 +88,7 @@ class Supervisor:
             Draining: the server is stopping.
         """
         assert self._change is None or self._change.done()
-        await _cancel(self._scaling)
+        await _cancel(self._autoscaler.task)
         if self._stopping:
             raise Draining(f'Model "{self._spec.name}": the server is shutting down')
         crew, most = self._crew, most if fewest else 0
@@ -101,12 +100,12 @@ class Supervisor:
         # Those that serve stay, and among them the busiest.
         by_use = sorted(crew.in_charge, key=_use)
         for keeper in by_use[: max(0, before - most)]:
-            crew.let_go(keeper, _drain_timeout(self._spec))
+            crew.let_go(keeper, self._spec.longest_drain)
         self._starting.expect(fewest)
         crew.begin(self._spec, max(0, fewest - before))
         after = len(crew.in_charge)
         if before != after:
-            self._scaled(f"{before} → {after} workers: asked for {fewest} to {most}")
+            self._autoscaler.tell(f"{before} → {after} workers: asked for {fewest} to {most}")
         self._verdict = None
         self._admit()
         self._resume_scaling()
@@ -151,10 +150,10 @@ class Supervisor:
         self._dispatcher.refuse(refusal)
         self._starting.end(refusal)
         try:
-            await _cancel(self._change, self._scaling)
+            await _cancel(self._change, self._autoscaler.task)
             await self._crew.stop(drain_timeout)
         except asyncio.CancelledError:
-            await _cancel(self._change, self._scaling)
+            await _cancel(self._change, self._autoscaler.task)
             await self._crew.kill()
             raise
 
@@ -194,7 +193,7 @@ class Supervisor:
             self._condemn(error)
         elif len(self._crew.in_charge) > self._scaler.fewest:  # it was added, and the model does without it
             self._crew.let_go(keeper, 0.0)
-            self._scaled(f"{keeper.worker.who} is dropped: {error}; next try in {self._scaler.failed():g} s")
+            self._autoscaler.tell(f"{keeper.worker.who} is dropped: {error}; next try in {self._scaler.failed():g} s")
 
     def _changed(self) -> None:
         self._starting.look()
@@ -225,7 +224,7 @@ class Supervisor:
     # ── another spec ──
 
     async def _replace(self, spec: ModelSpec, count: int) -> None:
-        await _cancel(self._scaling)
+        await _cancel(self._autoscaler.task)
         try:
             await self._start_others(spec, count)
         except WorkerFailed as error:
@@ -236,7 +235,7 @@ class Supervisor:
 
     async def _start_others(self, spec: ModelSpec, count: int) -> None:
         crew, scaler = self._crew, _scaler(spec, count, spec.config.max_workers_or(count))
-        drain_timeout = _drain_timeout(self._spec)
+        drain_timeout = self._spec.longest_drain
         await crew.settled()  # those that leave may hold devices
         before = len(crew.in_charge)
         wanted = max(count, min(before, scaler.most))  # the load that has needed so many goes on
@@ -274,49 +273,9 @@ class Supervisor:
         for keeper in list(self._crew.in_charge):
             self._crew.let_go(keeper, drain_timeout)
 
-    # ── one worker more or less ──
-
     def _resume_scaling(self) -> None:
-        if self._scaler.fewest < self._scaler.most and not self._stopping:
-            self._scaling = asyncio.create_task(self._watch_load())
-
-    async def _watch_load(self) -> None:
-        while True:
-            await asyncio.sleep(LOOK_S)
-            try:
-                await self._look()
-            except Exception:
-                logger.exception("%s: unforeseen", self._spec.name)
-
-    async def _look(self) -> None:
-        keepers = [keeper for keeper in self._crew.in_charge if keeper.given_up is None]
-        idle = [keeper.idle() for keeper in keepers]
-        settled = not self._crew.leaving and all(keeper.worker.serving for keeper in keepers)
-        decision = self._scaler.look(idle, settled=settled, oldest_wait=self._dispatcher.oldest_wait)
-        if decision is Scale.UP:
-            await self._add(len(keepers))
-        elif decision is Scale.DOWN:
-            longest = max(idle)
-            keeper = keepers[idle.index(longest)]
-            self._crew.let_go(keeper, _drain_timeout(self._spec))
-            self._scaled(f"{len(keepers)} → {len(keepers) - 1} workers: {keeper.worker.who} idle for {longest:.0f} s")
-
-    async def _add(self, workers: int) -> None:
-        waited = self._dispatcher.oldest_wait
-        added = self._crew.recruit(self._spec, 1)
-        try:
-            await self._crew.start(added)
-        except WorkerFailed as error:
-            self._scaled(f"still {workers} workers: {error}; next try in {self._scaler.failed():g} s")
-            return
-        self._scaler.succeeded()
-        self._crew.take_over(added)
-        self._revive()
-        self._scaled(f"{workers} → {workers + 1} workers: a request had waited for {waited:.1f} s")
-
-    def _scaled(self, detail: str) -> None:
-        logger.info("%s: %s", self._spec.name, detail)
-        self._events.record(EventKind.SCALED, detail)
+        if not self._stopping:
+            self._autoscaler.resume(self._spec, self._scaler)
 
 
 def _scaler(spec: ModelSpec, fewest: int, most: int) -> Scaler:
@@ -329,11 +288,6 @@ def _use(keeper: Keeper) -> tuple[bool, bool, float]:
     """What is lost when a worker leaves: the least first."""
     worker = keeper.worker
     return worker.serving, worker.state is State.BUSY, -keeper.idle()
-
-
-def _drain_timeout(spec: ModelSpec) -> float:
-    """Seconds for what a worker has in flight when another one serves on: as long as any batch may take."""
-    return max(spec.config.minserve.drain_timeout, spec.response_timeout)
 
 
 def _one_at_a_time(*specs: ModelSpec) -> bool:

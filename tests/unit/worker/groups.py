@@ -228,3 +228,26 @@ async def settle() -> None:
     """Lets everything happen that can happen now, without time going on."""
     for _ in range(50):
         await asyncio.sleep(0)
+
+
+async def started(house: House) -> House:
+    """Once its workers are READY."""
+    house.supervisor.start()
+    await settle()
+    return house
+
+
+async def answered(client: asyncio.Task[Reply]) -> bytes:
+    """Finishes batches until this client has its answer."""
+    async with asyncio.timeout(1000):
+        while not client.done():
+            for group in FakeGroup.living():
+                if group.busy:
+                    group.finish()
+            await asyncio.sleep(0.1)
+    return bytes((await client).body)
+
+
+def elastic(**keys: object) -> ModelSpec:
+    """A model of one to three workers."""
+    return crew_spec(**{"min_workers": 1, "max_workers": 3, **keys})  # type: ignore[arg-type]
