@@ -1,6 +1,7 @@
-"""Measures minserve against bare aiohttp and bare torchrun on this machine: `python -m tests.benchmarks`.
+"""Measures minserve beside TorchServe, other servers, and the floors below them: `python -m tests.benchmarks`.
 
-What counts are the ratios: both sides are measured in the same run, in turns. A missed aim is reported and is no error.
+What counts are the ratios: all sides are measured in the same run, in turns. A missed aim is reported and is no error. A
+peer that cannot be had, or fails, is named under the table. Exit code 1: something of minserve's failed.
 """
 
 from __future__ import annotations
@@ -8,46 +9,102 @@ from __future__ import annotations
 import argparse
 import signal
 import sys
+import time
+import traceback
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from tests.benchmarks import footprint, plan, serving, startup
+from tests.benchmarks import plan
 from tests.benchmarks.load import PYTHON, WRK, choose_generator
-from tests.benchmarks.report import describe_machine, table
+from tests.benchmarks.peers.environments import PEERS, Environments
+from tests.benchmarks.plot import draw
+from tests.benchmarks.publish import page, publish
+from tests.benchmarks.report import describe_machine, failure
+from tests.benchmarks.run import Run
+from tests.benchmarks.scenarios import SCENARIOS
 from tests.benchmarks.workspace import Workspace
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from tests.benchmarks.plot import Panel
     from tests.benchmarks.report import Row
+
+TABLE, PLOT = "benchmarks.md", "benchmarks.svg"
+
+
+@dataclass(slots=True)
+class Result:
+    """What all scenarios have found."""
+
+    rows: list[Row] = field(default_factory=list)
+    panels: list[Panel] = field(default_factory=list)
+    failed: bool = False
 
 
 def main() -> None:
-    """Runs all scenarios and prints the table."""
-    parser = argparse.ArgumentParser(prog="python -m tests.benchmarks", description=__doc__)
-    parser.add_argument("--quick", action="store_true", help="about a minute instead of five, noisier")
-    parser.add_argument("--output", type=Path, help="write the table to this file, too")
-    parser.add_argument("--generator", choices=(WRK, PYTHON), default=choose_generator(), help="default: %(default)s")
-    arguments = parser.parse_args()
+    """Runs the scenarios, prints the table, and keeps it if asked to."""
+    arguments = _arguments()
     chosen = (plan.quick if arguments.quick else plan.full)(arguments.generator)
     # As Ctrl-C does it: through the `with` statements, which end the programs and remove the folder.
     for number in (signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, lambda number, _: sys.exit(128 + number))
-    machine = describe_machine(chosen.generator, chosen.rounds, chosen.seconds)
-    text = f"{machine}\n\n{table(run(chosen))}\n"
-    print(text, end="")
-    if arguments.output:
-        arguments.output.write_text(text)
-
-
-def run(chosen: plan.Plan) -> list[Row]:
-    """Every scenario."""
-    rows: list[Row] = []
+    machine, began = describe_machine(chosen), time.monotonic()
+    environments = Environments(tuple(arguments.peers), dict(arguments.environment))
     with Workspace() as workspace:
-        chosen.tell("starting the servers")
-        with serving.servers(workspace) as up:
-            rows += serving.measure(chosen, up)
-            rows += footprint.measure(chosen, up.pid)
-        rows += startup.measure(chosen, workspace)
-    return rows
+        run = Run(chosen, workspace, environments)
+        result = measure(run, arguments.only)
+    chosen.tell(f"{(time.monotonic() - began) / 60:.1f} minutes")
+    print(page(machine, result.rows, run.notes))
+    if arguments.write:
+        publish(machine, result.rows, run.notes, result.panels)
+    if arguments.output:
+        arguments.output.mkdir(parents=True, exist_ok=True)
+        (arguments.output / TABLE).write_text(page(machine, result.rows, run.notes) + "\n")
+        (arguments.output / PLOT).write_text(draw(result.panels))
+    sys.exit(result.failed)
+
+
+def measure(run: Run, names: Sequence[str]) -> Result:
+    """The scenarios, one after the other; one that fails has a row that says so."""
+    result = Result()
+    for name in names:
+        run.plan.tell(f"== {name}")
+        try:
+            findings = SCENARIOS[name](run)
+        except Exception as error:
+            traceback.print_exc()
+            result.rows.append(failure(name, error))
+            result.failed = True
+        else:
+            result.rows += findings.rows
+            result.panels += findings.panels
+    return result
+
+
+def _arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="python -m tests.benchmarks", description=__doc__.partition("\n")[0])
+    add = parser.add_argument
+    add("--only", nargs="+", metavar="NAME", default=list(SCENARIOS), choices=SCENARIOS, help=", ".join(SCENARIOS))
+    add("--quick", action="store_true", help="about two minutes, noisier, fewer points")
+    add("--peers", nargs="*", default=PEERS, choices=PEERS, help="default: all; each has an environment in .bench/")
+    add("--environment", nargs=1, action="extend", type=_environment, default=[], metavar="PEER=FOLDER",
+        help="a virtual environment that is there already")  # fmt: skip
+    add("--generator", choices=(WRK, PYTHON), default=choose_generator(), help="default: %(default)s")
+    add("--output", type=Path, metavar="FOLDER", help=f"write {TABLE} and {PLOT} there")
+    add("--write", action="store_true", help="keep the run in docs/ and in the README")
+    arguments = parser.parse_args()
+    if arguments.write and (arguments.quick or len(arguments.only) < len(SCENARIOS)):
+        parser.error("--write keeps whole runs only")
+    return arguments
+
+
+def _environment(text: str) -> tuple[str, Path]:
+    peer, _, folder = text.partition("=")
+    if peer not in PEERS or not (Path(folder) / "bin").is_dir():
+        raise argparse.ArgumentTypeError(f"expected one of {', '.join(PEERS)} and a folder with bin/, found {text!r}")
+    return peer, Path(folder)
 
 
 if __name__ == "__main__":

@@ -1,40 +1,29 @@
-"""Load on servers that take turns: the first, the second, the first again, so that a slow minute slows all of them."""
+"""A contestant that answers HTTP, under closed-loop load: each client sends its next request when it has its answer."""
 
 from __future__ import annotations
 
+import http.client
 import json
+import os
 import shutil
 import subprocess
 import sys
-import urllib.request
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from tests.benchmarks.contest import Load, LoadError, cpu_seconds
+from tests.benchmarks.servers import Up, ask
 from tests.benchmarks.workspace import REPOSITORY
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping
+    from collections.abc import Sequence
 
 WRK = "wrk"
 PYTHON = "python"
-SCRIPT = Path(__file__).with_name("echo.lua")
-BODY = b"x" * 128  # echo.lua's
-WARM_UP_S = 1
-GRACE_S = 30.0  # for a generator to report after its time
-
-
-class LoadError(Exception):
-    """A request failed: what was measured is not what was meant."""
-
-
-@dataclass(frozen=True, slots=True)
-class Load:
-    """What the clients saw of one server in one round."""
-
-    requests_per_s: float
-    p50_us: float
-    p99_us: float
+SCRIPT = Path(__file__).with_name("post.lua")
+GRACE_S = 60.0  # for a generator to report after its time
+SHOWN = 60  # bytes of a wrong answer
 
 
 def choose_generator() -> str:
@@ -42,59 +31,77 @@ def choose_generator() -> str:
     return WRK if shutil.which(WRK) else PYTHON
 
 
-def take_turns(
-    generator: str, urls: Mapping[str, str], clients: int, rounds: int, seconds: int, tell: Callable[[str], None]
-) -> dict[str, list[Load]]:
-    """Puts the same load on each server, one after the other, `rounds` times.
+@dataclass(frozen=True, slots=True)
+class Clients:
+    """Clients of one model.
 
-    Args:
-        urls: by the servers' names.
-        tell: gets a line after each load.
-
-    Returns:
-        By name, one `Load` a round.
-
-    Raises:
-        LoadError: a request failed.
+    Attributes:
+        body: a file that each request sends.
+        answer: what must come back; None: anything with status 200.
+        rate: requests a second, at times that do not wait for answers; 0: a closed loop.
     """
-    loads: dict[str, list[Load]] = {name: [] for name in urls}
-    for name, url in urls.items():
-        _check_echo(name, url)
-        put_load(generator, url, clients, WARM_UP_S)
-    for number in range(1, rounds + 1):
-        for name, url in urls.items():
-            load = put_load(generator, url, clients, seconds)
-            loads[name].append(load)
-            tell(
-                f"round {number} of {rounds}, {clients} clients, {name}: "
-                f"{load.requests_per_s:.0f} requests/s, p50 {load.p50_us:.0f} µs, p99 {load.p99_us:.0f} µs"
-            )
-    return loads
+
+    generator: str
+    up: Up
+    model: str
+    clients: int
+    body: Path
+    answer: bytes | None = None
+    rate: int = 0
+
+    @property
+    def name(self) -> str:
+        """The server's."""
+        return self.up.name
+
+    def check(self) -> None:
+        """wrk compares no bodies: here is seen once that the server does what is measured."""
+        try:
+            status, answer = ask(self.up.url(self.model), self.body.read_bytes())
+        except (OSError, http.client.HTTPException) as error:
+            raise LoadError(f"{self.name} does not answer: {error!r}") from error
+        if status != 200 or self.answer not in (None, answer):
+            raise LoadError(f"{self.name} answers {status} {answer[:SHOWN]!r}, not {(self.answer or b'')[:SHOWN]!r}")
+
+    def turn(self, seconds: int) -> Load:
+        """Puts the load on and reads CPU times before and after it.
+
+        Raises:
+            LoadError: a request failed.
+        """
+        server, ranks = [self.up.pid], self.up.ranks(self.model)
+        before = cpu_seconds(server), cpu_seconds(ranks)
+        figures = _generate(self._command(seconds), self.body, seconds)
+        used = cpu_seconds(server) - before[0], cpu_seconds(ranks) - before[1]
+        requests = figures["requests"]
+        if figures["failed"] or not requests:
+            raise LoadError(f"{figures['failed']:.0f} requests failed, {requests:.0f} were answered")
+        per_request = [1e6 * seconds_used / requests for seconds_used in used]
+        return Load(requests / figures["seconds"], figures["p50_us"], figures["p99_us"], *per_request)
+
+    def _command(self, seconds: int) -> list[str]:
+        url, body = self.up.url(self.model), str(self.body)
+        python = [sys.executable, "-m", "tests.benchmarks.clients", url, body, str(seconds)]
+        if self.rate:
+            return [*python, "--rate", str(self.rate)]
+        if self.generator == PYTHON:
+            return [*python, "--clients", str(self.clients)]
+        wrk = [WRK, "--threads", "1", "--connections", str(self.clients), "--duration", f"{seconds}s"]
+        return [*wrk, "--timeout", "30s", "--script", str(SCRIPT), url]
 
 
-def put_load(generator: str, url: str, clients: int, seconds: int) -> Load:
-    """Keeps one server busy with `clients` closed loops.
-
-    Raises:
-        LoadError: a request failed.
-    """
-    if generator == WRK:
-        command = [WRK, "--threads", "1", "--connections", str(clients), "--duration", f"{seconds}s"]
-        command += ["--timeout", "10s", "--script", str(SCRIPT), url]
-    else:
-        command = [sys.executable, "-m", "tests.benchmarks.clients", url, str(clients), str(seconds)]
-    done = subprocess.run(
-        command, cwd=REPOSITORY, check=True, capture_output=True, text=True, timeout=seconds + GRACE_S
-    )
-    figures = json.loads(done.stdout.splitlines()[-1])
-    if figures["failed"] or not figures["requests"]:
-        raise LoadError(f"{url}: {figures['failed']} requests failed, {figures['requests']} were answered")
-    return Load(figures["requests"] / figures["seconds"], figures["p50_us"], figures["p99_us"])
-
-
-def _check_echo(name: str, url: str) -> None:
-    """wrk compares no bodies: here is seen once that the server does what is measured."""
-    request = urllib.request.Request(url, BODY, {"Content-Type": "application/octet-stream"})
-    with urllib.request.urlopen(request, timeout=GRACE_S) as answer:
-        if answer.read() != BODY:
-            raise LoadError(f"{name} does not answer with the request's body")
+def _generate(command: Sequence[str], body: Path, seconds: int) -> dict[str, float]:
+    try:
+        done = subprocess.run(
+            command,
+            cwd=REPOSITORY,
+            env={**os.environ, "BENCH_BODY": str(body)},
+            check=True,
+            capture_output=True,
+            text=True,
+            timeout=seconds + GRACE_S,
+        )
+        figures: dict[str, float] = json.loads(done.stdout.splitlines()[-1])
+    except subprocess.SubprocessError as error:
+        raise LoadError(f"the load generator failed: {error} {getattr(error, 'stderr', '')}") from error
+    return figures

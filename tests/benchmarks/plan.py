@@ -1,4 +1,4 @@
-"""How much is measured. The figures of a quick run are noisier, the scenarios are the same."""
+"""How much is measured. A quick run has the same scenarios, fewer points in each, and noisier figures."""
 
 from __future__ import annotations
 
@@ -11,16 +11,23 @@ class Plan:
     """One run.
 
     Attributes:
-        rounds, seconds: how often each server gets each load, and for how long.
-        idle_seconds: how long the idle server is watched.
-        starts: how often each start is timed.
+        generator: what puts the closed-loop load.
+        rounds, seconds: how often each contestant gets each load, and for how long.
+        warm_up_s: load before the first round; 0: none.
+        idle_s: how long the idle server is watched.
+        starts: how often each start and each recovery is timed.
+        ranks: sizes of groups beside 2, which is in every scenario.
+        sizes: bytes of bodies beside 16 MiB.
     """
 
     generator: str
     rounds: int
     seconds: int
-    idle_seconds: float
+    warm_up_s: int
+    idle_s: float
     starts: int
+    ranks: tuple[int, ...]
+    sizes: tuple[int, ...]
 
     def tell(self, line: str) -> None:
         """Progress, apart from the table on stdout."""
@@ -28,10 +35,12 @@ class Plan:
 
 
 def full(generator: str) -> Plan:
-    """Under five minutes."""
-    return Plan(generator, rounds=7, seconds=3, idle_seconds=5.0, starts=5)
+    """Under 25 minutes with all peers."""
+    return Plan(
+        generator, rounds=4, seconds=2, warm_up_s=1, idle_s=5.0, starts=4, ranks=(1, 4, 8), sizes=(64 * 2**10, 2**20)
+    )
 
 
 def quick(generator: str) -> Plan:
-    """About a minute."""
-    return Plan(generator, rounds=2, seconds=1, idle_seconds=5.0, starts=1)
+    """Some two minutes for minserve and TorchServe."""
+    return Plan(generator, rounds=1, seconds=1, warm_up_s=0, idle_s=1.0, starts=1, ranks=(8,), sizes=(2**20,))

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import re
+import signal
 import subprocess
-import sys
-import threading
+import time
 from typing import TYPE_CHECKING, Self
 
 import psutil
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
 
 START_TIMEOUT_S = 120.0
 END_TIMEOUT_S = 45.0  # over minserve's drain and exit limits
+POLL_S = 0.005
 LOG_LINES = 15
 
 
@@ -33,24 +35,33 @@ class Program:
     """One running program; a context manager that ends it.
 
     Args:
-        arguments: of this same Python.
+        command: the program and its arguments.
         more: environment beside the workspace's.
+        folder: its working directory. Default: the repository.
+        whole_group: the end's SIGTERM is for all of the process group: some launchers do not pass it on.
     """
 
     def __init__(
-        self, workspace: Workspace, name: str, arguments: Sequence[str], more: Mapping[str, str] | None = None
+        self,
+        workspace: Workspace,
+        name: str,
+        command: Sequence[str],
+        more: Mapping[str, str] | None = None,
+        folder: Path = REPOSITORY,
+        whole_group: bool = False,
     ) -> None:
         self._name = name
-        self._log = workspace.path / f"{name}.log"
-        with self._log.open("ab") as log:
+        self._whole_group = whole_group
+        # A file, not a pipe: nobody reads on, once the program has said that it is up.
+        self._output = workspace.new_folder(name) / "output"
+        with self._output.open("wb") as output:
             self._process = subprocess.Popen(
-                [sys.executable, *arguments],
-                cwd=REPOSITORY,
+                command,
+                cwd=folder,
                 env={**workspace.environ, **(more or {})},
-                stdin=subprocess.DEVNULL,
-                stdout=subprocess.PIPE,
-                stderr=log,
-                text=True,
+                stdin=subprocess.PIPE,
+                stdout=output,
+                stderr=subprocess.STDOUT,
                 start_new_session=True,  # Ctrl-C is for the run, which then ends its programs one after the other
             )
 
@@ -59,22 +70,30 @@ class Program:
         """The program's own process."""
         return self._process.pid
 
+    def say(self, line: str) -> None:
+        """Writes a line to its stdin."""
+        assert self._process.stdin is not None
+        self._process.stdin.write(f"{line}\n".encode())
+        self._process.stdin.flush()
+
     def wait_for(self, pattern: str) -> re.Match[str]:
-        """Reads what it prints up to a line that matches.
+        """Waits until a line that it prints matches.
 
         Raises:
-            ProgramError: it ended, or took too long. The message has the end of its log.
+            ProgramError: it ended, or took too long. The message has the end of what it printed.
         """
-        assert self._process.stdout is not None
-        alarm = threading.Timer(START_TIMEOUT_S, self._process.kill)
-        alarm.start()
-        try:
-            for line in self._process.stdout:
-                if match := re.search(pattern, line):
-                    return match
-        finally:
-            alarm.cancel()
-        raise ProgramError(f"{self._name} ended before it printed {pattern!r}:\n{_tail(self._log)}")
+        deadline = time.monotonic() + START_TIMEOUT_S
+        while True:
+            ended = self._process.poll() is not None or time.monotonic() > deadline
+            if match := re.search(pattern, self._output.read_text(errors="replace"), re.MULTILINE):
+                return match
+            if ended:
+                raise ProgramError(f"{self._name} did not print {pattern!r} in time:\n{self.tail()}")
+            time.sleep(POLL_S)
+
+    def tail(self) -> str:
+        """The last lines that it has printed."""
+        return "\n".join(self._output.read_text(errors="replace").splitlines()[-LOG_LINES:])
 
     def __enter__(self) -> Self:
         return self
@@ -82,45 +101,25 @@ class Program:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        family: list[psutil.Process] = []
-        with contextlib.suppress(psutil.Error):
-            family = psutil.Process(self.pid).children(recursive=True)  # torchrun's ranks outlive its SIGKILL
-        self._process.terminate()
+        family = family_of(self.pid)  # torchrun's ranks outlive its SIGKILL
         try:
-            self._process.wait(END_TIMEOUT_S)
+            with contextlib.suppress(ProcessLookupError):
+                (os.killpg if self._whole_group else os.kill)(self.pid, signal.SIGTERM)
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                self._process.wait(END_TIMEOUT_S)
         finally:
             self._process.kill()
             for process in family:
                 with contextlib.suppress(psutil.Error):
                     process.kill()
             self._process.wait()
-            if self._process.stdout is not None:
-                self._process.stdout.close()
+            with contextlib.suppress(OSError):
+                assert self._process.stdin is not None
+                self._process.stdin.close()
 
 
-def _tail(log: Path) -> str:
-    return "\n".join(log.read_text(errors="replace").splitlines()[-LOG_LINES:])
-
-
-def start_minserve(workspace: Workspace, name: str, store: Path) -> Program:
-    """A server of every model in the store. `wait_for_inference` tells when they are READY."""
-    ports = ("--inference-port", "0", "--management-port", "0", "--metrics-port", "0")
-    arguments = ("start", "--model-store", str(store), *ports)
-    return Program(workspace, name, ("-m", "minserve", *arguments))
-
-
-def wait_for_inference(server: Program) -> str:
-    """The inference URL, once every model is READY.
-
-    Raises:
-        ProgramError: the server ended, or a model did not load.
-    """
-    match = server.wait_for(r"not ready: .*|^inference +(?P<url>\S+)")
-    if match["url"] is None:
-        raise ProgramError(match[0])
-    return match["url"]
-
-
-def start_bare(workspace: Workspace) -> Program:
-    """The aiohttp application that minserve is measured against. It prints its URL."""
-    return Program(workspace, "bare-aiohttp", ("-m", "tests.benchmarks.bare"))
+def family_of(pid: int) -> list[psutil.Process]:
+    """All that a process has started and that still runs."""
+    with contextlib.suppress(psutil.Error):
+        return psutil.Process(pid).children(recursive=True)
+    return []

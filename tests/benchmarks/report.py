@@ -6,23 +6,32 @@ import os
 import platform
 import statistics
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from importlib.metadata import version
 from typing import TYPE_CHECKING
 
 import psutil
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Iterable, Sequence
 
-HEADER = ("measured", "minserve", "against", "ratio (lowest, highest round)", "aim", "")
+    from tests.benchmarks.plan import Plan
+    from tests.benchmarks.plot import Panel
+
+HEADER = ("scenario", "measured", "minserve", "against", "ratio (lowest, highest round)", "aim", "")
+MET, MISSED = "met", "missed"
 
 
 @dataclass(frozen=True, slots=True)
 class Aim:
-    """A limit that the project has set itself."""
+    """A limit that the project has set itself.
 
-    sign: str  # ≤, < or ≥
+    Attributes:
+        sign: ≤, < or ≥.
+        limit: of the ratio, or with a unit of the value.
+    """
+
+    sign: str
     limit: float
     unit: str = ""
 
@@ -31,57 +40,112 @@ class Aim:
         return {"≤": value <= self.limit, "<": value < self.limit, "≥": value >= self.limit}[self.sign]
 
     def __str__(self) -> str:
-        return f"{self.sign} {self.limit:g}{self.unit}"
+        return f"{self.sign} {self.limit:.3g}{self.unit}"
 
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """One line of the table."""
+    """One line of the table.
 
+    Attributes:
+        cells: what is measured, minserve's value, the other's, the ratio, the aim, whether it is met.
+        headline: shown in the README, too.
+    """
+
+    scenario: str
     cells: tuple[str, ...]
+    headline: bool = False
 
-    def __str__(self) -> str:
-        return f"| {' | '.join(self.cells)} |"
+
+@dataclass(frozen=True, slots=True)
+class Findings:
+    """What a scenario has found: its rows, and its panels of the plot."""
+
+    rows: Sequence[Row]
+    panels: Sequence[Panel] = field(default_factory=tuple)
 
 
 def compare(
-    what: str, unit: str, ours: Sequence[float], name: str, theirs: Sequence[float], aim: Aim | None = None
+    scenario: str,
+    what: str,
+    unit: str,
+    ours: Sequence[float],
+    name: str,
+    theirs: Sequence[float],
+    aim: Aim | None = None,
+    headline: bool = False,
 ) -> Row:
     """A row of two things measured in turns: the medians of both, and the median of the rounds' ratios.
 
-    Each ratio is of one round, in which the machine was the same for both.
+    Each ratio is of one round, in which the machine was the same for both. Without samples of a peer the row says so.
     """
-    ratios = [mine / other for mine, other in zip(ours, theirs, strict=True)]
-    ratio = statistics.median(ratios)
-    spread = f"{ratio:.2f} ({min(ratios):.2f}, {max(ratios):.2f})"
-    other = f"{name} {_number(statistics.median(theirs))} {unit}"
-    return Row((what, f"{_number(statistics.median(ours))} {unit}", other, spread, *_verdict(ratio, aim)))
+    mine = _with_unit(statistics.median(ours), unit)
+    if not theirs:
+        return Row(scenario, (what, mine, f"{name}: not measured", "", str(aim or ""), ""), headline)
+    ratios = [one / other for one, other in zip(ours, theirs, strict=True) if other]
+    ratio = statistics.median(ratios) if ratios else 0.0
+    spread = f"{_ratio(ratio)} ({_ratio(min(ratios))}, {_ratio(max(ratios))})" if ratios else ""
+    other = f"{name} {_with_unit(statistics.median(theirs), unit)}"
+    return Row(scenario, (what, mine, other, spread, *_verdict(ratio, aim)), headline)
 
 
-def absolute(what: str, value: float, unit: str, aim: Aim) -> Row:
-    """A row of one thing alone."""
-    return Row((what, f"{_number(value)} {unit}", "", "", *_verdict(value, aim)))
+def absolute(
+    scenario: str,
+    what: str,
+    unit: str,
+    values: Sequence[float],
+    aim: Aim | None = None,
+    headline: bool = False,
+    other: str = "",
+) -> Row:
+    """A row of one thing alone: the median, and perhaps what to read beside it."""
+    value = statistics.median(values)
+    return Row(scenario, (what, _with_unit(value, unit), other, "", *_verdict(value, aim)), headline)
+
+
+def failure(scenario: str, error: BaseException) -> Row:
+    """A row for a scenario that came to nothing."""
+    first = (str(error).splitlines() or [""])[0].replace("|", "/")
+    return Row(scenario, (f"**failed**: {type(error).__name__}: {first}", "", "", "", "", "failed"), headline=True)
 
 
 def _verdict(value: float, aim: Aim | None) -> tuple[str, str]:
-    return ("", "") if aim is None else (str(aim), "met" if aim.met(value) else "missed")
+    return ("", "") if aim is None else (str(aim), MET if aim.met(value) else MISSED)
 
 
-def _number(value: float) -> str:
+def _with_unit(value: float, unit: str) -> str:
+    return f"{number(value)} {unit}".strip()
+
+
+def _ratio(value: float) -> str:
+    return f"{value:.2g}" if value < 0.1 else f"{value:.3g}" if value >= 10 else f"{value:.2f}"
+
+
+def number(value: float) -> str:
     """Three digits: the noise leaves no more."""
-    return f"{value:.0f}" if value >= 100 or value < 1e-9 else f"{value:.3g}"
+    return f"{value:,.0f}" if value >= 100 or value < 1e-9 else f"{value:.3g}"
 
 
-def table(rows: Sequence[Row]) -> str:
+def table(rows: Iterable[Row]) -> str:
     """The whole table."""
-    return "\n".join(map(str, [Row(HEADER), Row(("---",) * len(HEADER)), *rows]))
+    lines = [HEADER, ("---",) * len(HEADER), *((row.scenario, *row.cells) for row in rows)]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
-def describe_machine(generator: str, rounds: int, seconds: int) -> str:
+def describe_machine(plan: Plan) -> str:
     """Where and how the table came about. The load average tells whether the machine had other work."""
     versions = ", ".join(f"{name} {version(name)}" for name in ("torch", "aiohttp", "uvloop"))
     load = os.getloadavg()[0]
     return (
-        f"{time.strftime('%Y-%m-%d')}, {psutil.cpu_count()} cores ({platform.machine()}), load average before {load:.1f}, "
-        f"Python {platform.python_version()}, {versions}; load from {generator}, {rounds} rounds of {seconds} s."
+        f"{time.strftime('%Y-%m-%d')}, {psutil.cpu_count()} cores ({_processor()}), load average before {load:.1f}, "
+        f"Python {platform.python_version()}, {versions}; load from {plan.generator} on the same machine, "
+        f"{plan.rounds} rounds of {plan.seconds} s."
     )
+
+
+def _processor() -> str:
+    try:
+        with open("/proc/cpuinfo") as lines:
+            return next(line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):
+        return platform.machine()

@@ -1,0 +1,71 @@
+"""Where a whole run is kept: docs/benchmarks.md with its plot, and the short table of the README, between markers."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from tests.benchmarks.plot import draw
+from tests.benchmarks.report import table
+from tests.benchmarks.workspace import REPOSITORY
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from tests.benchmarks.plot import Panel
+    from tests.benchmarks.report import Row
+
+PAGE = Path("docs/benchmarks.md")
+PLOT = Path("docs/benchmarks.svg")
+README = Path("README.md")
+BEGIN = "<!-- written by `make bench` -->"
+END = "<!-- end of what `make bench` writes -->"
+
+
+def page(machine: str, rows: Sequence[Row], notes: Sequence[str]) -> str:
+    """All of a run, as markdown."""
+    missing = ["", "Missing or failed:", "", *(f"- {_one_line(note)}" for note in notes)] if notes else []
+    return "\n".join([machine, "", table(rows), *missing])
+
+
+def headlines(machine: str, rows: Sequence[Row]) -> str:
+    """The rows that tell most, and where the rest is."""
+    return "\n".join(
+        [
+            f"{machine} What each row is, and all the others: [{PAGE}]({PAGE}).",
+            "",
+            table([row for row in rows if row.headline]),
+        ]
+    )
+
+
+def publish(
+    machine: str, rows: Sequence[Row], notes: Sequence[str], panels: Sequence[Panel], root: Path = REPOSITORY
+) -> None:
+    """Writes all three.
+
+    Raises:
+        ValueError: a file has not both markers.
+    """
+    picture = f"![bars of the figures below]({PLOT.name})"
+    pieces = {PAGE: f"{picture}\n\n{page(machine, rows, notes)}", README: headlines(machine, rows)}
+    texts = {file: replace((root / file).read_text(), piece) for file, piece in pieces.items()}
+    for file, text in {**texts, PLOT: draw(panels)}.items():
+        (root / file).write_text(text)
+
+
+def replace(text: str, piece: str) -> str:
+    """The text with another piece between the markers.
+
+    Raises:
+        ValueError: they are not there, in this order.
+    """
+    before, begin, rest = text.partition(BEGIN)
+    _, end, after = rest.partition(END)
+    if not begin or not end:
+        raise ValueError(f"there must be {BEGIN!r} and {END!r}")
+    return f"{before}{begin}\n\n{piece}\n\n{end}{after}"
+
+
+def _one_line(note: str) -> str:
+    return " / ".join(line.strip() for line in note.splitlines()[:3] if line.strip())

@@ -1,0 +1,60 @@
+"""Two stages on two ranks against one process with the same threads: requests a second, and the latency of one alone."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+from tests.benchmarks.contest import pick, take_turns
+from tests.benchmarks.plot import Panel
+from tests.benchmarks.report import Aim, Findings, compare
+from tests.benchmarks.servers import minserve
+from tests.benchmarks.workspace import HANDLERS, MODELS, Model
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from tests.benchmarks.run import Run
+
+SCENARIO = "pipelines, 2 stages"
+CLIENTS = 8
+IN_FLIGHT = "minserve:\n  inFlight: 4\n"  # more than the stages: the next one waits at the door
+STAGES = (HANDLERS / "stages.py",)
+ALONE, PIPELINE = "one process", "pipeline"
+FASTER, NOT_SLOWER = Aim("≥", 1.7), Aim("≤", 1.15)
+
+
+def measure(run: Run) -> Findings:
+    """Balanced stages, and MiniLM, whose first stage has the tokenizer, too. batchSize 1: batches help either way."""
+    pairs = {
+        "balanced": (
+            Model("stages", STAGES, ranks=0),
+            Model("stages-pp", STAGES, parallel="pp", more=IN_FLIGHT),
+        ),
+        "MiniLM": (
+            Model("minilm", _minilm("minilm"), ranks=0),
+            Model("minilm-pp", _minilm("minilm-pp"), parallel="pp", more=IN_FLIGHT),
+        ),
+    }
+    rows, panels = [], []
+    with minserve(run.workspace, [model for pair in pairs.values() for model in pair]) as up:
+        for name, (alone, pipeline) in pairs.items():
+            for clients, attribute, figure, unit, aim in (
+                (CLIENTS, "requests_per_s", "requests/s", "", FASTER),
+                (1, "p50_us", "p50", "µs", NOT_SLOWER),
+            ):
+                contestants = {
+                    key: replace(run.clients(up, model.name, clients), answer=None)
+                    for key, model in ((PIPELINE, pipeline), (ALONE, alone))
+                }
+                what = f"{figure}, {name}, {clients} client{'s' * (clients > 1)}"
+                loads = take_turns(run, f"pipelines: {what}", contestants)
+                ours, theirs = (pick(loads, key, attribute) for key in (PIPELINE, ALONE))
+                rows.append(compare(SCENARIO, what, unit, ours, ALONE, theirs, aim, headline=name == "balanced"))
+                panels.append(Panel.of(f"{SCENARIO}: {what}", unit, {"minserve pp": ours, ALONE: theirs}))
+    return Findings(rows, panels[::2])
+
+
+def _minilm(name: str) -> tuple[Path, ...]:
+    folder = MODELS / name
+    return folder / "handler.py", folder / "minilm.py"
