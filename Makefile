@@ -8,6 +8,7 @@
 #   ONCE    1: `make demo` ends after the answer                 make demo ONCE=1
 #   SEED    the seed that a chaos run has printed                make chaos SEED=4711
 #   FAULTS  how many, instead of 300                             make chaos FAULTS=60
+#   BENCH   flags of the benchmarks, instead of --write          make bench BENCH=--quick
 
 PYTHON ?= python3
 VENV ?= .venv
@@ -18,6 +19,7 @@ PORT ?= 8080
 ONCE ?=
 SEED ?=
 FAULTS ?= 300
+BENCH ?= --write
 
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet $(if $(INDEX),--index-url $(INDEX)) $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX))
@@ -49,8 +51,9 @@ types: $(VENV)/dev ## Checks the types of the package, the tests and the example
 	@set -e; for handler in $(HANDLERS); do \
 		echo "mypy $$handler"; MYPYPATH=$$(dirname $$handler) $(BIN)/mypy --no-error-summary $$handler; done
 
-bench: $(VENV)/dev ## Measures minserve against a bare aiohttp app, about five minutes
-	$(BIN)/python -m tests.benchmarks
+bench: $(VENV)/dev ## Measures minserve beside TorchServe and others, half an hour; writes docs/benchmarks.md
+	$(if $(INDEX),PIP_INDEX_URL=$(INDEX)) $(if $(TORCH_INDEX),PIP_EXTRA_INDEX_URL=$(TORCH_INDEX)) \
+		$(BIN)/python -m tests.benchmarks --constraints $(CONSTRAINTS) $(BENCH)
 
 chaos: $(VENV)/dev ## Injects 300 real faults under load, fuzzes the wire, soaks; about half an hour
 	@$(PIP) install -c $(CONSTRAINTS) -e '.[chaos]' || echo 'atheris cannot be installed here: the wire is not fuzzed'

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 
 from tests.benchmarks import plan
 from tests.benchmarks.load import PYTHON, WRK, choose_generator
-from tests.benchmarks.peers.environments import PEERS, Environments
+from tests.benchmarks.peers.environments import CONSTRAINTS, PEERS, Environments
 from tests.benchmarks.plot import draw
 from tests.benchmarks.publish import page, publish
 from tests.benchmarks.report import describe_machine, failure
@@ -51,7 +51,7 @@ def main() -> None:
     for number in (signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, lambda number, _: sys.exit(128 + number))
     machine, began = describe_machine(chosen), time.monotonic()
-    environments = Environments(tuple(arguments.peers), dict(arguments.environment))
+    environments = Environments(tuple(arguments.peers), dict(arguments.environment), arguments.constraints)
     with Workspace() as workspace:
         run = Run(chosen, workspace, environments)
         result = measure(run, arguments.only)
@@ -91,6 +91,7 @@ def _arguments() -> argparse.Namespace:
     add("--peers", nargs="*", default=PEERS, choices=PEERS, help="default: all; each has an environment in .bench/")
     add("--environment", nargs=1, action="extend", type=_environment, default=[], metavar="PEER=FOLDER",
         help="a virtual environment that is there already")  # fmt: skip
+    add("--constraints", type=Path, default=CONSTRAINTS, metavar="FILE", help="for pip, when it makes one")
     add("--generator", choices=(WRK, PYTHON), default=choose_generator(), help="default: %(default)s")
     add("--output", type=Path, metavar="FOLDER", help=f"write {TABLE} and {PLOT} there")
     add("--write", action="store_true", help="keep the run in docs/ and in the README")

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from tests.benchmarks.plot import draw
-from tests.benchmarks.report import table
+from tests.benchmarks.report import MET, table
 from tests.benchmarks.workspace import REPOSITORY
 
 if TYPE_CHECKING:
@@ -30,13 +30,9 @@ def page(machine: str, rows: Sequence[Row], notes: Sequence[str]) -> str:
 
 def headlines(machine: str, rows: Sequence[Row]) -> str:
     """The rows that tell most, and where the rest is."""
-    return "\n".join(
-        [
-            f"{machine} What each row is, and all the others: [{PAGE}]({PAGE}).",
-            "",
-            table([row for row in rows if row.headline]),
-        ]
-    )
+    aims = [row.cells[-1] for row in rows if row.cells[-1]]
+    told = f"{aims.count(MET)} of {len(aims)} aims are met. What each row is, and all the others: [{PAGE}]({PAGE})."
+    return "\n".join([f"{machine} {told}", "", table([row for row in rows if row.headline])])
 
 
 def publish(

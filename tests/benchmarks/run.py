@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
+from tests.benchmarks.contest import OURS
 from tests.benchmarks.load import Clients
 from tests.benchmarks.peers import starting
 from tests.benchmarks.peers.torchserve import TORCHSERVE, torchserve
 from tests.benchmarks.programs import ProgramError
+from tests.benchmarks.servers import minserve
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Iterator, Sequence
     from contextlib import AbstractContextManager, ExitStack
 
     from tests.benchmarks.peers.environments import Environments
@@ -41,25 +44,42 @@ class Run:
             self.notes.append(line)
             self.plan.tell(line)
 
-    def torchserve(self, stack: ExitStack, models: Sequence[Model], body: bytes = b'""') -> Up | None:
-        """TorchServe until the stack ends; None, and a note, where it cannot be had."""
-        return self._enter(stack, TORCHSERVE, torchserve(self.workspace, self.environments, models, body))
+    @contextlib.contextmanager
+    def forgive(self, name: str) -> Iterator[None]:
+        """What fails of a peer becomes a note, and the block ends.
 
-    def peer(self, stack: ExitStack, name: str) -> Up | None:
-        """mosec, LitServe or Ray Serve until the stack ends; None, and a note, where it cannot be had."""
-        return self._enter(stack, name, starting.echo_server(self.workspace, self.environments, name))
+        Raises:
+            ProgramError: it was ours.
+        """
+        try:
+            yield
+        except ProgramError as error:
+            if name == OURS:
+                raise
+            self.note(f"{name}: {error}")
+
+    def server(self, name: str, models: Sequence[Model], body: bytes = b'""') -> AbstractContextManager[Up]:
+        """minserve or TorchServe with these models. Raises ProgramError where it cannot be had.
+
+        Args:
+            body: what TorchServe's models are asked until they answer.
+        """
+        self.plan.tell(f"starting {name}")
+        if name == OURS:
+            return minserve(self.workspace, models)
+        return torchserve(self.workspace, self.environments, models, body)
+
+    def servers(self, stack: ExitStack, models: Sequence[Model]) -> dict[str, Up]:
+        """minserve, and TorchServe where it can be had, with the same models until the stack ends."""
+        ups = {}
+        for name in (OURS, TORCHSERVE):
+            with self.forgive(name):
+                ups[name] = stack.enter_context(self.server(name, models))
+        return ups
 
     def bare(self, stack: ExitStack) -> Up:
         """The bare aiohttp application until the stack ends."""
         return stack.enter_context(starting.bare(self.workspace))
-
-    def _enter(self, stack: ExitStack, name: str, server: AbstractContextManager[Up]) -> Up | None:
-        self.plan.tell(f"starting {name}")
-        try:
-            return stack.enter_context(server)
-        except ProgramError as error:
-            self.note(f"{name}: {error}")
-            return None
 
     def clients(self, up: Up, model: str, clients: int, size: int = SMALL, answer: bytes | None = None) -> Clients:
         """Clients in a closed loop. Without an answer the body itself must come back."""

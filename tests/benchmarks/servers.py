@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 from urllib.parse import urlsplit
 
-from tests.benchmarks.contest import OURS
+from tests.benchmarks.contest import OURS, LoadError
 from tests.benchmarks.programs import Program, ProgramError, family_of
 
 if TYPE_CHECKING:
@@ -72,10 +72,17 @@ def minserve(workspace: Workspace, models: Sequence[Model]) -> Iterator[Up]:
 
 
 def ask(url: str, body: bytes) -> tuple[int, bytes]:
-    """One request on a connection of its own: status and body of the answer. Raises OSError, http.client.HTTPException."""
+    """One request on a connection of its own: status and body of the answer.
+
+    Raises:
+        LoadError: there was none.
+    """
     parts = urlsplit(url)
     connection = http.client.HTTPConnection(parts.hostname or "127.0.0.1", parts.port, timeout=ANSWER_TIMEOUT_S)
     with contextlib.closing(connection):
-        connection.request("POST", parts.path, body, {"Content-Type": "application/octet-stream"})
-        answer = connection.getresponse()
-        return answer.status, answer.read()
+        try:
+            connection.request("POST", parts.path, body, {"Content-Type": "application/octet-stream"})
+            answer = connection.getresponse()
+            return answer.status, answer.read()
+        except (OSError, http.client.HTTPException) as error:
+            raise LoadError(f"{url} does not answer: {error!r}") from error

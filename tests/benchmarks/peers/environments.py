@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from collections.abc import Mapping
 
 FOLDER = REPOSITORY / ".bench"
-CONSTRAINTS = REPOSITORY / ".ci/constraints.txt"  # the torch of TorchServe's ranks is ours
+CONSTRAINTS = REPOSITORY / ".ci/constraints.txt"
 MADE = "made"
 MAKE_TIMEOUT_S = 900.0
 # What TorchServe's server and workers import; the handlers need torch.
@@ -40,11 +40,13 @@ class Environments:
     Attributes:
         chosen: the peers that shall run.
         given: environments that were made elsewhere, by peer.
+        constraints: for pip: the torch of TorchServe's ranks is ours.
         failed: why one could not be made, so that it is tried once.
     """
 
     chosen: tuple[str, ...] = PEERS
     given: Mapping[str, Path] = field(default_factory=dict)
+    constraints: Path = CONSTRAINTS
     failed: dict[str, str] = field(default_factory=dict)
 
     def bin(self, peer: str) -> Path:
@@ -69,7 +71,7 @@ class Environments:
     def _make(self, peer: str, folder: Path) -> None:
         print(f"making an environment for {peer} in {folder}", file=sys.stderr, flush=True)
         python = str(folder / "bin/python")
-        pip = [python, "-m", "pip", "--disable-pip-version-check", "--quiet", "install", "-c", str(CONSTRAINTS)]
+        pip = [python, "-m", "pip", "--disable-pip-version-check", "--quiet", "install", "-c", str(self.constraints)]
         try:
             for command in ([sys.executable, "-m", "venv", "--clear", str(folder)], [*pip, *PACKAGES[peer]]):
                 subprocess.run(command, check=True, capture_output=True, text=True, timeout=MAKE_TIMEOUT_S)

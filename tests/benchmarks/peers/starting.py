@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import contextlib
-import http.client
 import sys
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from tests.benchmarks.contest import LoadError
 from tests.benchmarks.programs import START_TIMEOUT_S, Program, ProgramError
 from tests.benchmarks.servers import Up, ask
 from tests.ports import free_ports
@@ -69,7 +69,7 @@ def wait_for_models(up: Up, models: Iterable[str], body: bytes = b'""') -> None:
                 last = ask(up.url(model), body)
                 if last[0] == 200:
                     break
-            except (OSError, http.client.HTTPException) as error:
+            except LoadError as error:
                 last = error
             time.sleep(POLL_S)
         else:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import time
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack
 from itertools import pairwise
 from typing import TYPE_CHECKING
 
@@ -12,7 +11,7 @@ from tests.benchmarks.contest import OURS
 from tests.benchmarks.peers.torchserve import TORCHSERVE
 from tests.benchmarks.programs import ProgramError
 from tests.benchmarks.report import Aim, Findings, absolute
-from tests.benchmarks.servers import ask, minserve
+from tests.benchmarks.servers import ask
 from tests.benchmarks.workspace import HANDLERS, Model
 
 if TYPE_CHECKING:
@@ -32,24 +31,24 @@ SHOWN = 60  # bytes of a wrong answer
 
 def measure(run: Run) -> Findings:
     """The same numbers to both servers."""
-    wrong = {}
-    for name in (OURS, TORCHSERVE):
-        folder = run.workspace.new_folder("numbers")
-        model = Model("numbered", (HANDLERS / "numbered.py",), more=f"handler:\n  folder: {folder}\n")
-        with ExitStack() as stack:
-            started = (
-                stack.enter_context(minserve(run.workspace, [model]))
-                if name == OURS
-                else run.torchserve(stack, [model], FIRST)
-            )
-            if started is not None:
-                run.plan.tell(f"{REQUESTS} numbered requests to {name}")
-                _send(started.url(model.name))
-                wrong[name] = _read(folder)
-                run.plan.tell(f"{name}: rank 1 missed or got twice: {wrong[name]}")
-    other = f"{TORCHSERVE} {wrong[TORCHSERVE]}" if TORCHSERVE in wrong else f"{TORCHSERVE}: not measured"
+    ours, theirs = _deliver(run, OURS), _deliver(run, TORCHSERVE)
+    assert ours is not None  # or it has raised
+    other = f"{TORCHSERVE}: not measured" if theirs is None else f"{TORCHSERVE} {theirs}"
     what = f"of {REQUESTS:,} requests those that rank 1 missed, got twice or in another order than rank 0"
-    return Findings([absolute(SCENARIO, what, "", [wrong[OURS]], Aim("≤", 0), headline=True, other=other)])
+    return Findings([absolute(SCENARIO, what, "", [ours], Aim("≤", 0), headline=True, other=other)])
+
+
+def _deliver(run: Run, name: str) -> int | None:
+    """How many deliveries to rank 1 were wrong. None: not measured, and a note says why."""
+    folder = run.workspace.new_folder("numbers")
+    model = Model("numbered", (HANDLERS / "numbered.py",), more=f"handler:\n  folder: {folder}\n")
+    wrong = None
+    with run.forgive(name), run.server(name, [model], FIRST) as up:
+        run.plan.tell(f"{REQUESTS} numbered requests to {name}")
+        _send(up.url(model.name))
+        wrong = _read(folder)
+        run.plan.tell(f"{name}: wrong for rank 1: {wrong}")
+    return wrong
 
 
 def _send(url: str) -> None:
@@ -71,7 +70,6 @@ def _read(folder: Path) -> int:
         if now != before:
             before, deadline = now, time.monotonic() + SETTLE_S
         time.sleep(POLL_S)
-    first, second = _numbers(folder, 0), _numbers(folder, 1)
     return count_wrong(_numbers(folder, 0), _numbers(folder, 1))
 
 

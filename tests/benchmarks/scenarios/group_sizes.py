@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from tests.benchmarks.contest import pick, take_turns
+from tests.benchmarks.contest import OURS, pick, take_turns
 from tests.benchmarks.plot import Panel
 from tests.benchmarks.report import Aim, Findings, compare
-from tests.benchmarks.servers import minserve
 from tests.benchmarks.workspace import ECHO, Model
 
 if TYPE_CHECKING:
@@ -28,7 +27,7 @@ def measure(run: Run) -> Findings:
         for batch in (1, 32)
     }
     rows, panels = [], []
-    with minserve(run.workspace, list(models.values())) as up:
+    with run.server(OURS, list(models.values())) as up:
         for clients, batch in LOADS:
             contestants = {str(ranks): run.clients(up, models[ranks, batch].name, clients) for ranks in sizes}
             loads = take_turns(run, f"ranks, {clients} clients, batchSize {batch}", contestants)

@@ -6,11 +6,10 @@ from contextlib import ExitStack
 from typing import TYPE_CHECKING
 
 from tests.benchmarks.contest import OURS, Loads, pick, take_turns
-from tests.benchmarks.peers.starting import BARE, BATCH, LITSERVE, MOSEC, ONE, RAY
+from tests.benchmarks.peers.starting import BARE, BATCH, LITSERVE, MOSEC, ONE, RAY, echo_server
 from tests.benchmarks.peers.torchserve import TORCHSERVE
 from tests.benchmarks.plot import Panel
 from tests.benchmarks.report import Findings, compare
-from tests.benchmarks.servers import minserve
 from tests.benchmarks.workspace import ECHO, Model
 
 if TYPE_CHECKING:
@@ -31,12 +30,10 @@ def measure(run: Run) -> Findings:
     """All servers are up at the same time; Ray's processes are never quite idle."""
     models = [Model(name, (ECHO,), ranks=0, batch_size=size) for name, size in BATCHES.items()]
     with ExitStack() as stack:
-        ups = {OURS: stack.enter_context(minserve(run.workspace, models))}
-        if up := run.torchserve(stack, models):
-            ups[TORCHSERVE] = up
+        ups = run.servers(stack, models)
         for name in (MOSEC, LITSERVE, RAY):
-            if up := run.peer(stack, name):
-                ups[name] = up
+            with run.forgive(name):
+                ups[name] = stack.enter_context(echo_server(run.workspace, run.environments, name))
         ups[BARE] = run.bare(stack)
         found = [_load(run, ups, clients, model) for clients, model, *_ in FIGURES]
     rows, panels = [], []

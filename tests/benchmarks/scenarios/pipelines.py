@@ -5,10 +5,9 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from tests.benchmarks.contest import pick, take_turns
+from tests.benchmarks.contest import OURS, pick, take_turns
 from tests.benchmarks.plot import Panel
 from tests.benchmarks.report import Aim, Findings, compare
-from tests.benchmarks.servers import minserve
 from tests.benchmarks.workspace import HANDLERS, MODELS, Model
 
 if TYPE_CHECKING:
@@ -37,7 +36,7 @@ def measure(run: Run) -> Findings:
         ),
     }
     rows, panels = [], []
-    with minserve(run.workspace, [model for pair in pairs.values() for model in pair]) as up:
+    with run.server(OURS, [model for pair in pairs.values() for model in pair]) as up:
         for name, (alone, pipeline) in pairs.items():
             for clients, attribute, figure, unit, aim in (
                 (CLIENTS, "requests_per_s", "requests/s", "", FASTER),

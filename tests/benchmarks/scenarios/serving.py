@@ -16,7 +16,6 @@ from tests.benchmarks.peers.starting import BARE
 from tests.benchmarks.peers.torchserve import TORCHSERVE
 from tests.benchmarks.plot import Panel
 from tests.benchmarks.report import Aim, Findings, compare
-from tests.benchmarks.servers import minserve
 from tests.benchmarks.workspace import ECHO, HANDLERS, Model
 
 if TYPE_CHECKING:
@@ -77,9 +76,7 @@ def all_reduce(run: Run) -> Findings:
 
 def _start(run: Run, stack: ExitStack, handler: Path) -> list[Up]:
     models = [Model(name, (handler,), batch_size=size) for name, size in BATCHES.items()]
-    ours = stack.enter_context(minserve(run.workspace, models))
-    theirs = run.torchserve(stack, models)
-    return [up for up in (ours, theirs) if up is not None]
+    return list(run.servers(stack, models).values())
 
 
 def _contestants(run: Run, ups: Sequence[Up], clients: int) -> dict[str, Contestant]:
@@ -118,8 +115,8 @@ SERVER_CPU = tuple(
 RANKS_CPU = tuple(
     _Figure("ranks' CPU a request", "µs", "ranks_cpu_us", clients, model) for clients, model in ((16, ONE), (64, BATCH))
 )
-# What each of the others can be compared in: gloo answers no requests, bare aiohttp has no ranks.
-FIGURES = {TORCHSERVE: TIMES + RATES + SERVER_CPU + RANKS_CPU, BARE: TIMES + RATES + SERVER_CPU, GLOO: RATES}
+# What each of the others can be compared in: bare aiohttp has no ranks, and gloo alone neither requests nor batches.
+FIGURES = {TORCHSERVE: TIMES + RATES + SERVER_CPU + RANKS_CPU, BARE: TIMES + RATES + SERVER_CPU, GLOO: RATES[:2]}
 
 
 def _report(scenario: str, loads: Mapping[int, Loads], floor: str, aims: Aims) -> Findings:

@@ -15,7 +15,7 @@ from tests.benchmarks.peers.starting import BARE
 from tests.benchmarks.peers.torchserve import TORCHSERVE
 from tests.benchmarks.plot import Panel
 from tests.benchmarks.report import Findings, compare
-from tests.benchmarks.servers import ANSWER_TIMEOUT_S, minserve
+from tests.benchmarks.servers import ANSWER_TIMEOUT_S
 from tests.benchmarks.workspace import HANDLERS, Model
 
 if TYPE_CHECKING:
@@ -48,16 +48,20 @@ class FirstChunk:
         """One stream after the other."""
         url = urlsplit(self.up.url(self.model))
         taken: list[float] = []
+        until = time.perf_counter() + seconds
         connection = http.client.HTTPConnection(url.hostname or "", url.port, timeout=ANSWER_TIMEOUT_S)
         with closing(connection):
-            until = time.perf_counter() + seconds
             while not taken or time.perf_counter() < until:
                 began = time.perf_counter()
-                connection.request("POST", url.path, b'""', {"Content-Type": "application/octet-stream"})
-                answer = connection.getresponse()
-                first = answer.read(len(CHUNK))
-                taken.append(1e6 * (time.perf_counter() - began))
-                if first + answer.read() != CHUNK * CHUNKS:
+                try:
+                    connection.request("POST", url.path, b'""', {"Content-Type": "application/octet-stream"})
+                    answer = connection.getresponse()
+                    first = answer.read(len(CHUNK))
+                    taken.append(1e6 * (time.perf_counter() - began))
+                    rest = answer.read()
+                except (OSError, http.client.HTTPException) as error:
+                    raise LoadError(f"{self.name} broke off: {error!r}") from error
+                if first + rest != CHUNK * CHUNKS:
                     raise LoadError(f"{self.name} does not answer with {CHUNKS} chunks")
         return Load(len(taken) / max(seconds, 1), statistics.median(taken), max(taken))
 
@@ -66,9 +70,7 @@ def measure(run: Run) -> Findings:
     """Whole streams at 1 and 16 clients, then the first chunks."""
     model = Model("stream", (HANDLERS / "stream.py",))
     with ExitStack() as stack:
-        ups = [stack.enter_context(minserve(run.workspace, [model])), run.bare(stack)]
-        if theirs := run.torchserve(stack, [model]):
-            ups.append(theirs)
+        ups = [*run.servers(stack, [model]).values(), run.bare(stack)]
         found = {
             clients: take_turns(
                 run,

@@ -13,7 +13,6 @@ from tests.benchmarks.contest import OURS, pick, take_turns
 from tests.benchmarks.peers.torchserve import TORCHSERVE
 from tests.benchmarks.plot import Panel
 from tests.benchmarks.report import Findings, compare
-from tests.benchmarks.servers import minserve
 from tests.benchmarks.workspace import HANDLERS, Model
 
 if TYPE_CHECKING:
@@ -29,15 +28,15 @@ def measure(run: Run) -> Findings:
     """Both servers at each rate."""
     rows, panels = [], []
     with ExitStack() as stack:
-        ups = [stack.enter_context(minserve(run.workspace, [MODEL]))]
-        if theirs := run.torchserve(stack, [MODEL]):
-            ups.append(theirs)
+        ups = run.servers(stack, [MODEL]).values()
         for load, rate in RATES.items():
             contestants = {up.name: replace(run.clients(up, MODEL.name, 0), rate=rate) for up in ups}
             loads = take_turns(run, f"batching, {rate} requests/s", contestants)
             for attribute, figure in (("p50_us", "p50"), ("p99_us", "p99")):
                 times = {name: [us / 1000 for us in pick(loads, name, attribute)] for name in (OURS, TORCHSERVE)}
                 what = f"{figure}, {load} load ({rate} /s)"
-                rows.append(compare(SCENARIO, what, "ms", times[OURS], TORCHSERVE, times[TORCHSERVE]))
+                rows.append(
+                    compare(SCENARIO, what, "ms", times[OURS], TORCHSERVE, times[TORCHSERVE], headline=load == "low")
+                )
                 panels.append(Panel.of(f"{SCENARIO}: {what}", "ms", times))
     return Findings(rows, panels[::2])
