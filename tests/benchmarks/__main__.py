@@ -19,7 +19,7 @@ from tests.benchmarks import plan
 from tests.benchmarks.load import PYTHON, WRK, choose_generator
 from tests.benchmarks.peers.environments import CONSTRAINTS, PEERS, Environments
 from tests.benchmarks.plot import draw
-from tests.benchmarks.publish import page, publish
+from tests.benchmarks.publish import headlines, page, publish
 from tests.benchmarks.report import describe_machine, failure
 from tests.benchmarks.run import Run
 from tests.benchmarks.scenarios import SCENARIOS
@@ -40,6 +40,7 @@ class Result:
 
     rows: list[Row] = field(default_factory=list)
     panels: list[Panel] = field(default_factory=list)
+    footnotes: list[str] = field(default_factory=list)
     failed: bool = False
 
 
@@ -56,12 +57,13 @@ def main() -> None:
         run = Run(chosen, workspace, environments)
         result = measure(run, arguments.only)
     chosen.tell(f"{(time.monotonic() - began) / 60:.1f} minutes")
-    print(page(machine, result.rows, run.notes))
+    text = page(machine, result.rows, result.footnotes, run.notes)
+    print(text)
     if arguments.write:
-        publish(machine, result.rows, run.notes, result.panels)
+        publish(text, headlines(machine, result.rows, result.footnotes), draw(result.panels))
     if arguments.output:
         arguments.output.mkdir(parents=True, exist_ok=True)
-        (arguments.output / TABLE).write_text(page(machine, result.rows, run.notes) + "\n")
+        (arguments.output / TABLE).write_text(f"{text}\n")
         (arguments.output / PLOT).write_text(draw(result.panels))
     sys.exit(result.failed)
 
@@ -80,6 +82,7 @@ def measure(run: Run, names: Sequence[str]) -> Result:
         else:
             result.rows += findings.rows
             result.panels += findings.panels
+            result.footnotes += findings.footnotes
     return result
 
 

@@ -5,14 +5,12 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from tests.benchmarks.plot import draw
 from tests.benchmarks.report import MET, table
 from tests.benchmarks.workspace import REPOSITORY
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from tests.benchmarks.plot import Panel
     from tests.benchmarks.report import Row
 
 PAGE = Path("docs/benchmarks.md")
@@ -22,31 +20,34 @@ BEGIN = "<!-- written by `make bench` -->"
 END = "<!-- end of what `make bench` writes -->"
 
 
-def page(machine: str, rows: Sequence[Row], notes: Sequence[str]) -> str:
-    """All of a run, as markdown."""
-    missing = ["", "Missing or failed:", "", *(f"- {_one_line(note)}" for note in notes)] if notes else []
-    return "\n".join([machine, "", table(rows), *missing])
+def page(machine: str, rows: Sequence[Row], footnotes: Sequence[str], notes: Sequence[str]) -> str:
+    """All of a run, as markdown.
+
+    Args:
+        notes: what was missing or has failed.
+    """
+    parts = [machine, table(rows), *footnotes]
+    if notes:
+        parts.append("\n".join(["Missing or failed:", "", *(f"- {_one_line(note)}" for note in notes)]))
+    return "\n\n".join(parts)
 
 
-def headlines(machine: str, rows: Sequence[Row]) -> str:
+def headlines(machine: str, rows: Sequence[Row], footnotes: Sequence[str]) -> str:
     """The rows that tell most, and where the rest is."""
     aims = [row.cells[-1] for row in rows if row.cells[-1]]
     told = f"{aims.count(MET)} of {len(aims)} aims are met. What each row is, and all the others: [{PAGE}]({PAGE})."
-    return "\n".join([f"{machine} {told}", "", table([row for row in rows if row.headline])])
+    return "\n\n".join([f"{machine} {told}", table([row for row in rows if row.headline]), *footnotes])
 
 
-def publish(
-    machine: str, rows: Sequence[Row], notes: Sequence[str], panels: Sequence[Panel], root: Path = REPOSITORY
-) -> None:
-    """Writes all three.
+def publish(whole: str, short: str, picture: str, root: Path = REPOSITORY) -> None:
+    """Writes the page, the README and the plot.
 
     Raises:
-        ValueError: a file has not both markers.
+        ValueError: a file has not both markers; nothing is written then.
     """
-    picture = f"![bars of the figures below]({PLOT.name})"
-    pieces = {PAGE: f"{picture}\n\n{page(machine, rows, notes)}", README: headlines(machine, rows)}
+    pieces = {PAGE: f"![bars of the figures below]({PLOT.name})\n\n{whole}", README: short}
     texts = {file: replace((root / file).read_text(), piece) for file, piece in pieces.items()}
-    for file, text in {**texts, PLOT: draw(panels)}.items():
+    for file, text in {**texts, PLOT: picture}.items():
         (root / file).write_text(text)
 
 

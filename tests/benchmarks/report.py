@@ -6,7 +6,7 @@ import os
 import platform
 import statistics
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from importlib.metadata import version
 from typing import TYPE_CHECKING
 
@@ -59,10 +59,11 @@ class Row:
 
 @dataclass(frozen=True, slots=True)
 class Findings:
-    """What a scenario has found: its rows, and its panels of the plot."""
+    """What a scenario has found: its rows, its panels of the plot, and what must be said below the table."""
 
     rows: Sequence[Row]
-    panels: Sequence[Panel] = field(default_factory=tuple)
+    panels: Sequence[Panel] = ()
+    footnotes: Sequence[str] = ()
 
 
 def compare(
@@ -134,7 +135,7 @@ def table(rows: Iterable[Row]) -> str:
 
 def describe_machine(plan: Plan) -> str:
     """Where and how the table came about. The load average tells whether the machine had other work."""
-    versions = ", ".join(f"{name} {version(name)}" for name in ("torch", "aiohttp", "uvloop"))
+    versions = ", ".join(f"{name} {version(name)}" for name in ("minserve", "torch", "aiohttp", "uvloop"))
     load = os.getloadavg()[0]
     return (
         f"{time.strftime('%Y-%m-%d')}, {psutil.cpu_count()} cores ({_processor()}), load average before {load:.1f}, "

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from tests.benchmarks.plot import Panel, draw
-from tests.benchmarks.publish import BEGIN, END, PAGE, PLOT, README, publish, replace
+from tests.benchmarks.publish import BEGIN, END, PAGE, PLOT, README, headlines, page, publish, replace
 from tests.benchmarks.report import compare
 from tests.benchmarks.workspace import REPOSITORY
 
@@ -29,18 +29,20 @@ def test_a_run_is_kept_between_the_markers(tmp_path: Path) -> None:
     (tmp_path / "docs").mkdir()
     for file in (PAGE, README):
         (tmp_path / file).write_text(f"before\n{BEGIN}\nold\n{END}\nafter\n")
-    publish("a machine", ROWS, ["mosec: not chosen"], [Panel("p", "s", (("minserve", 1.0),))], tmp_path)
+    whole = page("a machine", ROWS, ["a footnote"], ["mosec: not chosen"])
+    publish(whole, headlines("a machine", ROWS, ["a footnote"]), "a picture", tmp_path)
     whole, short = ((tmp_path / file).read_text() for file in (PAGE, README))
     for text in (whole, short):
         assert text.startswith(f"before\n{BEGIN}\n\n")
         assert text.endswith(f"\n\n{END}\nafter\n")
         assert "told everywhere" in text
         assert "a machine" in text
+        assert "a footnote" in text
         assert "old" not in text.replace("told", "")
     assert "told on the page" in whole
     assert "- mosec: not chosen" in whole
     assert "told on the page" not in short
-    assert (tmp_path / PLOT).exists()
+    assert (tmp_path / PLOT).read_text() == "a picture"
 
 
 def test_a_document_without_markers_is_an_error() -> None:
