@@ -90,8 +90,8 @@ def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m tests.benchmarks", description=__doc__.partition("\n")[0])
     add = parser.add_argument
     add("--only", nargs="+", metavar="NAME", default=list(SCENARIOS), choices=SCENARIOS, help=", ".join(SCENARIOS))
-    add("--quick", action="store_true", help="about two minutes, noisier, fewer points")
-    add("--peers", nargs="*", default=PEERS, choices=PEERS, help="default: all; each has an environment in .bench/")
+    add("--quick", action="store_true", help="a few minutes, noisier, fewer points, no peers")
+    add("--peers", nargs="*", choices=PEERS, help="default: all, with --quick none; each has an environment in .bench/")
     add("--environment", nargs=1, action="extend", type=_environment, default=[], metavar="PEER=FOLDER",
         help="a virtual environment that is there already")  # fmt: skip
     add("--constraints", type=Path, default=CONSTRAINTS, metavar="FILE", help="for pip, when it makes one")
@@ -99,6 +99,8 @@ def _arguments() -> argparse.Namespace:
     add("--output", type=Path, metavar="FOLDER", help=f"write {TABLE} and {PLOT} there")
     add("--write", action="store_true", help="keep the run in docs/ and in the README")
     arguments = parser.parse_args()
+    if arguments.peers is None:
+        arguments.peers = () if arguments.quick else PEERS
     if arguments.write and (arguments.quick or len(arguments.only) < len(SCENARIOS)):
         parser.error("--write keeps whole runs only")
     return arguments

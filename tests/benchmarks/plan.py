@@ -42,5 +42,5 @@ def full(generator: str) -> Plan:
 
 
 def quick(generator: str) -> Plan:
-    """Some two minutes for minserve and TorchServe."""
+    """A few minutes without peers."""
     return Plan(generator, rounds=1, seconds=1, warm_up_s=0, idle_s=1.0, starts=1, ranks=(8,), sizes=(2**20,))
