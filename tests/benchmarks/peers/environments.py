@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 FOLDER = REPOSITORY / ".bench"
 CONSTRAINTS = REPOSITORY / ".ci/constraints.txt"
-MADE = "made"
+MADE = "made"  # a file with what is in the environment
 MAKE_TIMEOUT_S = 900.0
 # What TorchServe's server and workers import; the handlers need torch.
 PACKAGES = {
@@ -64,7 +64,8 @@ class Environments:
         if peer in self.failed:
             raise PeerError(self.failed[peer])
         folder = FOLDER / peer
-        if not (folder / MADE).exists():
+        made = folder / MADE
+        if not made.exists() or made.read_text().split() != list(PACKAGES[peer]):
             self._make(peer, folder)
         return folder / "bin"
 
@@ -80,4 +81,4 @@ class Environments:
             lines = (getattr(error, "stderr", None) or str(error)).strip().splitlines()
             self.failed[peer] = f"its environment cannot be made: {lines[-1] if lines else error}"
             raise PeerError(self.failed[peer]) from error
-        (folder / MADE).touch()
+        (folder / MADE).write_text("\n".join(PACKAGES[peer]))
