@@ -23,6 +23,7 @@ BENCH ?= --write
 
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet $(if $(INDEX),--index-url $(INDEX)) $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX))
+INDICES := $(if $(INDEX),PIP_INDEX_URL=$(INDEX)) $(if $(TORCH_INDEX),PIP_EXTRA_INDEX_URL=$(TORCH_INDEX))
 CONSTRAINTS := $(VENV)/constraints.txt
 HANDLERS := $(wildcard configs/models/*/handler.py)
 
@@ -52,8 +53,7 @@ types: $(VENV)/dev ## Checks the types of the package, the tests and the example
 		echo "mypy $$handler"; MYPYPATH=$$(dirname $$handler) $(BIN)/mypy --no-error-summary $$handler; done
 
 bench: $(VENV)/dev ## Measures minserve beside TorchServe and others, half an hour; writes docs/benchmarks.md
-	$(if $(INDEX),PIP_INDEX_URL=$(INDEX)) $(if $(TORCH_INDEX),PIP_EXTRA_INDEX_URL=$(TORCH_INDEX)) \
-		$(BIN)/python -m tests.benchmarks --constraints $(CONSTRAINTS) $(BENCH)
+	$(INDICES) $(BIN)/python -m tests.benchmarks --constraints $(CONSTRAINTS) $(BENCH)
 
 chaos: $(VENV)/dev ## Injects 300 real faults under load, fuzzes the wire, soaks; about half an hour
 	@$(PIP) install -c $(CONSTRAINTS) -e '.[chaos]' || echo 'atheris cannot be installed here: the wire is not fuzzed'
