@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
+import psutil
+
 from tests.benchmarks.programs import ProgramError
 
 if TYPE_CHECKING:
@@ -67,32 +69,23 @@ def take_turns(run: Run, what: str, contestants: Mapping[str, Contestant]) -> Lo
         LoadError: a request to minserve failed.
     """
     plan = run.plan
-    loads: Loads = {key: [] for key in contestants}
-
-    def attempt(key: str, number: int) -> None:
-        contestant = contestants[key]
-        try:
-            if number == 0:
-                contestant.check()
-                if plan.warm_up_s:
-                    contestant.turn(plan.warm_up_s)
-                return
-            load = contestant.turn(plan.seconds)
-        except ProgramError as error:
-            if contestant.name == OURS:
-                raise
-            run.note(f"{contestant.name}, {what}, {key}: {error}")
-            del loads[key]
-            return
-        loads[key].append(load)
-        plan.tell(
-            f"{what}, round {number} of {plan.rounds}, {key}: "
-            f"{load.requests_per_s:.0f} /s, p50 {load.p50_us:.0f} µs, p99 {load.p99_us:.0f} µs"
-        )
-
-    for number in range(plan.rounds + 1):
-        for key in list(loads):
-            attempt(key, number)
+    loads: Loads = {}
+    for key, contestant in contestants.items():
+        with run.forgive(contestant.name, f"{what}, {key}"):
+            contestant.check()
+            if plan.warm_up_s:
+                contestant.turn(plan.warm_up_s)
+            loads[key] = []
+    for number in range(1, plan.rounds + 1):
+        for key, rounds in loads.items():
+            with run.forgive(contestants[key].name, f"{what}, {key}"):
+                load = contestants[key].turn(plan.seconds)
+                rounds.append(load)
+                plan.tell(
+                    f"{what}, round {number} of {plan.rounds}, {key}: "
+                    f"{load.requests_per_s:.0f} /s, p50 {load.p50_us:.0f} µs, p99 {load.p99_us:.0f} µs"
+                )
+        loads = {key: rounds for key, rounds in loads.items() if len(rounds) == number}
     return loads
 
 
@@ -103,8 +96,6 @@ def pick(loads: Mapping[str, Sequence[Load]], key: str, attribute: str) -> list[
 
 def cpu_seconds(pids: Iterable[int]) -> float:
     """CPU time of these processes, from /proc/<pid>/stat. The kernel counts in ticks of 10 ms."""
-    import psutil
-
     total = 0.0
     for pid in pids:
         try:

@@ -45,8 +45,11 @@ class Run:
             self.plan.tell(line)
 
     @contextlib.contextmanager
-    def forgive(self, name: str) -> Iterator[None]:
+    def forgive(self, name: str, what: str = "") -> Iterator[None]:
         """What fails of a peer becomes a note, and the block ends.
+
+        Args:
+            what: was measured, for the note.
 
         Raises:
             ProgramError: it was ours.
@@ -56,7 +59,7 @@ class Run:
         except ProgramError as error:
             if name == OURS:
                 raise
-            self.note(f"{name}: {error}")
+            self.note(f"{name}{', ' if what else ''}{what}: {error}")
 
     def server(self, name: str, models: Sequence[Model], body: bytes = b'""') -> AbstractContextManager[Up]:
         """minserve or TorchServe with these models. Raises ProgramError where it cannot be had.

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from tests.benchmarks.contest import OURS, pick, take_turns
+from tests.benchmarks.contest import OURS, take_turns
+from tests.benchmarks.figures import p50, rate
 from tests.benchmarks.plot import Panel
 from tests.benchmarks.report import Aim, Findings, compare
 from tests.benchmarks.workspace import ECHO, Model
@@ -14,8 +15,8 @@ if TYPE_CHECKING:
 
 SCENARIO = "no-op, ranks"
 BASE = 2
-LOADS = ((1, 1), (16, 1), (64, 32))  # clients, batchSize
-MOST = Aim("≥", 0.8)  # of the throughput of 2 ranks, batched: the cores are what 8 ranks lack
+LATENCY, UNBATCHED, BATCHED = p50(1, 1), rate(16, 1), rate(64, 32)
+AIM = Aim("≥", 0.8)  # batched, of the throughput of 2 ranks
 
 
 def measure(run: Run) -> Findings:
@@ -28,17 +29,19 @@ def measure(run: Run) -> Findings:
     }
     rows, panels = [], []
     with run.server(OURS, list(models.values())) as up:
-        for clients, batch in LOADS:
-            contestants = {str(ranks): run.clients(up, models[ranks, batch].name, clients) for ranks in sizes}
-            loads = take_turns(run, f"ranks, {clients} clients, batchSize {batch}", contestants)
-            attribute, what, unit = ("p50_us", "p50", "µs") if clients == 1 else ("requests_per_s", "requests/s", "")
-            base = pick(loads, str(BASE), attribute)
-            what = f"{what}, {clients} client{'s' * (clients > 1)}, batchSize {batch}"
+        for figure in (LATENCY, UNBATCHED, BATCHED):
+            contestants = {
+                str(ranks): run.clients(up, models[ranks, figure.batch_size].name, figure.clients) for ranks in sizes
+            }
+            loads = take_turns(run, f"ranks: {figure}", contestants)
+            base = figure.of(loads, str(BASE))
             for ranks in sizes:
                 if ranks != BASE:
-                    aim = MOST if batch > 1 and ranks > BASE else None
-                    ours = pick(loads, str(ranks), attribute)
-                    rows.append(compare(SCENARIO, f"{what}, {ranks} ranks", unit, ours, f"{BASE} ranks", base, aim))
-            samples = {f"minserve, {ranks}": pick(loads, str(ranks), attribute) for ranks in sizes}
-            panels.append(Panel.of(f"{SCENARIO}: {what}", unit, samples))
-    return Findings(rows, panels[1:])
+                    aim = AIM if figure == BATCHED and ranks > BASE else None
+                    ours = figure.of(loads, str(ranks))
+                    what = f"{figure}, {ranks} rank{'s' * (ranks > 1)}"
+                    rows.append(compare(SCENARIO, what, figure.unit, ours, f"{BASE} ranks", base, aim))
+            if figure != LATENCY:
+                samples = {f"minserve, {ranks}": figure.of(loads, str(ranks)) for ranks in sizes}
+                panels.append(Panel.of(f"{SCENARIO}: {figure}", figure.unit, samples))
+    return Findings(rows, panels)

@@ -7,10 +7,10 @@ beside gloo alone. CPU for a request is read over the same loads.
 from __future__ import annotations
 
 from contextlib import ExitStack
-from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from tests.benchmarks.contest import OURS, pick, take_turns
+from tests.benchmarks.contest import OURS, take_turns
+from tests.benchmarks.figures import p50, p99, ranks_cpu, rate, server_cpu
 from tests.benchmarks.peers.gloo import GLOO, gloo_alone
 from tests.benchmarks.peers.starting import BARE
 from tests.benchmarks.peers.torchserve import TORCHSERVE
@@ -23,30 +23,36 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from tests.benchmarks.contest import Contestant, Loads
-    from tests.benchmarks.report import Row
+    from tests.benchmarks.figures import Figure
     from tests.benchmarks.run import Run
     from tests.benchmarks.servers import Up
 
-ONE, BATCH = "one", "batch"
-BATCHES = {ONE: 1, BATCH: 32}
+MODELS = {1: "one", 32: "batch"}  # by batchSize
 CLIENTS = (1, 16, 64)
-
-
-@dataclass(frozen=True, slots=True)
-class Aims:
-    """By the other's name: p50 at 1 client, unbatched at 16, batched at 64."""
-
-    p50: Mapping[str, Aim]
-    unbatched: Mapping[str, Aim]
-    batched: Mapping[str, Aim]
-
-
-NO_OP = Aims(
-    p50={TORCHSERVE: Aim("≤", 1 / 6), BARE: Aim("≤", 1.6)},
-    unbatched={TORCHSERVE: Aim("≥", 10), BARE: Aim("≥", 0.55)},
-    batched={TORCHSERVE: Aim("≥", 3), BARE: Aim("≥", 0.9)},
-)
-ALL_REDUCE = Aims(p50={}, unbatched={TORCHSERVE: Aim("≥", 3.5), GLOO: Aim("≥", 0.7)}, batched={TORCHSERVE: Aim("≥", 3)})
+LATENCY, UNBATCHED, BATCHED = p50(1, 1), rate(16, 1), rate(64, 32)
+TIMES = (LATENCY, p99(1, 1), p50(1, 32))
+RATES = (UNBATCHED, rate(64, 1), rate(16, 32), BATCHED)
+SERVER_CPU = (server_cpu(16, 1), server_cpu(64, 32))
+RANKS_CPU = (ranks_cpu(16, 1), ranks_cpu(64, 32))
+# What each of the others can be compared in: bare aiohttp has no ranks, and gloo alone neither requests nor batches.
+FIGURES = {
+    TORCHSERVE: TIMES + RATES + SERVER_CPU + RANKS_CPU,
+    BARE: TIMES + RATES + SERVER_CPU,
+    GLOO: (UNBATCHED, rate(64, 1)),
+}
+NO_OP_AIMS = {
+    (TORCHSERVE, LATENCY): Aim("≤", 1 / 6),
+    (TORCHSERVE, UNBATCHED): Aim("≥", 10),
+    (TORCHSERVE, BATCHED): Aim("≥", 3),
+    (BARE, LATENCY): Aim("≤", 1.6),
+    (BARE, UNBATCHED): Aim("≥", 0.55),
+    (BARE, BATCHED): Aim("≥", 0.9),
+}
+ALL_REDUCE_AIMS = {
+    (TORCHSERVE, UNBATCHED): Aim("≥", 3.5),
+    (TORCHSERVE, BATCHED): Aim("≥", 3),
+    (GLOO, UNBATCHED): Aim("≥", 0.7),
+}
 
 
 def no_op(run: Run) -> Findings:
@@ -56,10 +62,9 @@ def no_op(run: Run) -> Findings:
         bare = run.bare(stack)
         loads = {}
         for clients in CLIENTS:
-            contestants = _contestants(run, ups, clients)
-            contestants[BARE] = run.clients(bare, "echo", clients)
+            contestants = {**_contestants(run, ups, clients), BARE: run.clients(bare, "echo", clients)}
             loads[clients] = take_turns(run, f"no-op, {clients} clients", contestants)
-    return _report("no-op, 2 ranks", loads, BARE, NO_OP)
+    return _report("no-op, 2 ranks", loads, BARE, NO_OP_AIMS)
 
 
 def all_reduce(run: Run) -> Findings:
@@ -71,79 +76,35 @@ def all_reduce(run: Run) -> Findings:
         for clients in CLIENTS:
             contestants = {**_contestants(run, ups, clients), GLOO: gloo}
             loads[clients] = take_turns(run, f"all-reduce, {clients} clients", contestants)
-    return _report("all-reduce, 2 ranks", loads, GLOO, ALL_REDUCE)
+    return _report("all-reduce, 2 ranks", loads, GLOO, ALL_REDUCE_AIMS)
 
 
-def _start(run: Run, stack: ExitStack, handler: Path) -> list[Up]:
-    models = [Model(name, (handler,), batch_size=size) for name, size in BATCHES.items()]
+def _start(run: Run, stack: ExitStack, handler: Path) -> Sequence[Up]:
+    models = [Model(name, (handler,), batch_size=size) for size, name in MODELS.items()]
     return list(run.servers(stack, models).values())
 
 
 def _contestants(run: Run, ups: Sequence[Up], clients: int) -> dict[str, Contestant]:
-    return {_key(up.name, model): run.clients(up, model, clients) for up in ups for model in BATCHES}
+    return {_key(up.name, size): run.clients(up, name, clients) for up in ups for size, name in MODELS.items()}
 
 
-def _key(name: str, model: str) -> str:
-    return f"{name}, batchSize {BATCHES[model]}"
+def _key(name: str, batch_size: int) -> str:
+    """Of a contestant. The floors have no batches."""
+    return f"{name}, batchSize {batch_size}" if name in (OURS, TORCHSERVE) else name
 
 
-@dataclass(frozen=True, slots=True)
-class _Figure:
-    """What a row compares: an attribute of `Load` of a model at some number of clients."""
+def _report(scenario: str, loads: Mapping[int, Loads], floor: str, aims: Mapping[tuple[str, Figure], Aim]) -> Findings:
+    def of(name: str, figure: Figure) -> list[float]:
+        return figure.of(loads[figure.clients], _key(name, figure.batch_size))
 
-    what: str
-    unit: str
-    attribute: str
-    clients: int
-    model: str
-
-
-P50 = _Figure("p50", "µs", "p50_us", 1, ONE)
-UNBATCHED = _Figure("requests/s", "", "requests_per_s", 16, ONE)
-BATCHED = _Figure("requests/s", "", "requests_per_s", 64, BATCH)
-RATES = (
-    UNBATCHED,
-    _Figure("requests/s", "", "requests_per_s", 64, ONE),
-    _Figure("requests/s", "", "requests_per_s", 16, BATCH),
-    BATCHED,
-)
-TIMES = (P50, _Figure("p99", "µs", "p99_us", 1, ONE), _Figure("p50", "µs", "p50_us", 1, BATCH))
-SERVER_CPU = tuple(
-    _Figure("server's CPU a request", "µs", "server_cpu_us", clients, model)
-    for clients, model in ((16, ONE), (64, BATCH))
-)
-RANKS_CPU = tuple(
-    _Figure("ranks' CPU a request", "µs", "ranks_cpu_us", clients, model) for clients, model in ((16, ONE), (64, BATCH))
-)
-# What each of the others can be compared in: bare aiohttp has no ranks, and gloo alone neither requests nor batches.
-FIGURES = {TORCHSERVE: TIMES + RATES + SERVER_CPU + RANKS_CPU, BARE: TIMES + RATES + SERVER_CPU, GLOO: RATES[:2]}
-
-
-def _report(scenario: str, loads: Mapping[int, Loads], floor: str, aims: Aims) -> Findings:
     rows = []
     for other in (TORCHSERVE, floor):
-        by_figure = {P50: aims.p50, UNBATCHED: aims.unbatched, BATCHED: aims.batched}
         for figure in FIGURES[other]:
-            aim = by_figure.get(figure, {}).get(other)
-            rows.append(_row(scenario, figure, loads[figure.clients], other, floor, aim))
-    return Findings(rows, _panels(scenario, loads, floor))
-
-
-def _row(scenario: str, figure: _Figure, loads: Loads, other: str, floor: str, aim: Aim | None) -> Row:
-    ours = pick(loads, _key(OURS, figure.model), figure.attribute)
-    theirs = pick(loads, other if other == floor else _key(other, figure.model), figure.attribute)
-    plural = "s" if figure.clients > 1 else ""
-    what = f"{figure.what}, {figure.clients} client{plural}, batchSize {BATCHES[figure.model]}"
-    return compare(scenario, what, figure.unit, ours, other, theirs, aim, headline=aim is not None)
-
-
-def _panels(scenario: str, loads: Mapping[int, Loads], floor: str) -> list[Panel]:
-    panels = []
-    for figure in (P50, UNBATCHED, BATCHED) if floor == BARE else (UNBATCHED, BATCHED):
-        here = loads[figure.clients]
-        keys = {OURS: _key(OURS, figure.model), TORCHSERVE: _key(TORCHSERVE, figure.model), floor: floor}
-        samples = {name: pick(here, key, figure.attribute) for name, key in keys.items()}
-        plural = "s" if figure.clients > 1 else ""
-        title = f"{scenario}: {figure.what}, {figure.clients} client{plural}, batchSize {BATCHES[figure.model]}"
-        panels.append(Panel.of(title, figure.unit, samples))
-    return panels
+            aim = aims.get((other, figure))
+            ours, theirs = of(OURS, figure), of(other, figure)
+            rows.append(compare(scenario, str(figure), figure.unit, ours, other, theirs, aim, headline=aim is not None))
+    panels = [
+        Panel.of(f"{scenario}: {figure}", figure.unit, {name: of(name, figure) for name in (OURS, TORCHSERVE, floor)})
+        for figure in ((LATENCY, UNBATCHED, BATCHED) if floor == BARE else (UNBATCHED, BATCHED))
+    ]
+    return Findings(rows, panels)
