@@ -39,6 +39,9 @@ class Program:
         more: environment beside the workspace's.
         folder: its working directory. Default: the repository.
         whole_group: the end's SIGTERM is for all of the process group: some launchers do not pass it on.
+
+    Attributes:
+        began: when it was started, by time.perf_counter().
     """
 
     def __init__(
@@ -54,6 +57,7 @@ class Program:
         self._whole_group = whole_group
         # A file, not a pipe: nobody reads on, once the program has said that it is up.
         self._output = workspace.new_folder(name) / "output"
+        self.began = time.perf_counter()
         with self._output.open("wb") as output:
             self._process = subprocess.Popen(
                 command,

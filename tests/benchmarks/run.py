@@ -10,7 +10,6 @@ from tests.benchmarks.contest import OURS
 from tests.benchmarks.load import Clients
 from tests.benchmarks.peers import starting
 from tests.benchmarks.peers.torchserve import TORCHSERVE, torchserve
-from tests.benchmarks.programs import ProgramError
 from tests.benchmarks.servers import minserve
 
 if TYPE_CHECKING:
@@ -46,17 +45,14 @@ class Run:
 
     @contextlib.contextmanager
     def forgive(self, name: str, what: str = "") -> Iterator[None]:
-        """What fails of a peer becomes a note, and the block ends.
+        """What fails of a peer becomes a note, and the block ends. What fails of ours is raised.
 
         Args:
             what: was measured, for the note.
-
-        Raises:
-            ProgramError: it was ours.
         """
         try:
             yield
-        except ProgramError as error:
+        except Exception as error:  # whatever it is: half an hour of figures must not hang on another's server
             if name == OURS:
                 raise
             self.note(f"{name}{', ' if what else ''}{what}: {error}")

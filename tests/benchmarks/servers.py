@@ -7,7 +7,7 @@ import http.client
 import json
 import sys
 import urllib.request
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 from urllib.parse import urlsplit
 
@@ -38,8 +38,8 @@ class Up:
     name: str
     base: str
     pid: int
+    program: Program
     management: str = ""
-    program: Program | None = field(default=None, compare=False)
 
     def url(self, model: str) -> str:
         """Where a model takes requests."""
@@ -68,7 +68,7 @@ def minserve(workspace: Workspace, models: Sequence[Model]) -> Iterator[Up]:
         match = program.wait_for(r"not ready: .*|^inference +(?P<inference>\S+)\nmanagement +(?P<management>\S+)\n")
         if match["inference"] is None:
             raise ProgramError(f"minserve: {match[0]}\n{program.tail()}")
-        yield Up(OURS, match["inference"], program.pid, match["management"], program)
+        yield Up(OURS, match["inference"], program.pid, program, match["management"])
 
 
 def ask(url: str, body: bytes) -> tuple[int, bytes]:

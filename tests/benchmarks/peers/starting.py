@@ -30,7 +30,7 @@ POLL_S = 0.05
 def bare(workspace: Workspace) -> Iterator[Up]:
     """The aiohttp application, in our own environment."""
     with Program(workspace, "bare", [sys.executable, "-m", "tests.benchmarks.peers.bare_app"]) as program:
-        yield Up(BARE, program.wait_for(r"^http\S*")[0], program.pid)
+        yield Up(BARE, program.wait_for(r"^http\S*")[0], program.pid, program)
 
 
 @contextlib.contextmanager
@@ -50,7 +50,7 @@ def echo_server(workspace: Workspace, environments: Environments, name: str) -> 
     }[name]
     environ = {"RAY_USAGE_STATS_ENABLED": "0"}
     with Program(workspace, peer, [python, str(APPS / f"{peer}_app.py"), *arguments], environ) as program:
-        up = Up(name, program.wait_for(r"^http\S*")[0], program.pid, program=program)
+        up = Up(name, program.wait_for(r"^http\S*")[0], program.pid, program)
         wait_for_models(up, (ONE, BATCH))
         yield up
 
@@ -73,5 +73,4 @@ def wait_for_models(up: Up, models: Iterable[str], body: bytes = b'""') -> None:
                 last = error
             time.sleep(POLL_S)
         else:
-            tail = up.program.tail() if up.program else ""
-            raise ProgramError(f"{up.name} did not answer for {model}: {last}\n{tail}")
+            raise ProgramError(f"{up.name} did not answer for {model}: {last}\n{up.program.tail()}")

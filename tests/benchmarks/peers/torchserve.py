@@ -67,7 +67,7 @@ def torchserve(
     with Program(workspace, "torchserve", command, environ, folder, whole_group=True) as program:
         program.wait_for("Model server started")
         java = next((one.pid for one in family_of(program.pid) if one.name() == "java"), program.pid)
-        up = Up(TORCHSERVE, f"http://127.0.0.1:{ports[0]}", java, f"http://127.0.0.1:{ports[1]}", program)
+        up = Up(TORCHSERVE, f"http://127.0.0.1:{ports[0]}", java, program, f"http://127.0.0.1:{ports[1]}")
         wait_for_models(up, [model.name for model in models], body)
         yield up
 

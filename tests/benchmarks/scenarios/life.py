@@ -67,9 +67,8 @@ def measure(run: Run) -> Findings:
 def _live(run: Run, lives: Lives, name: str) -> None:
     """One life, noted down if it was lived to its end."""
     with run.forgive(name):
-        began = time.perf_counter()
         with run.server(name, [MODEL]) as up:
-            start = time.perf_counter() - began
+            start = time.perf_counter() - up.program.began
             run.clients(up, MODEL.name, clients=16).turn(LOAD_S)
             memory = [one.memory_full_info().pss for one in (psutil.Process(up.pid), *family_of(up.pid))]
             server_memory = psutil.Process(up.pid).memory_info().rss
@@ -118,15 +117,15 @@ def _rank_1(up: Up) -> int:
 
 
 def _time_torchrun(run: Run) -> float:
-    began = time.perf_counter()
     with Program(run.workspace, TORCHRUN, torchrun(SCRIPT, run.workspace.new_folder("torchrun"))) as program:
         program.wait_for("^reduced$")
-        return time.perf_counter() - began
+        return time.perf_counter() - program.began
 
 
 def _rows(lives: Lives) -> list[Row]:
     def row(what: str, unit: str, samples: Samples, other: str, aim: Aim | None = None, headline: bool = False) -> Row:
-        return compare(SCENARIO, what, unit, samples[OURS], other, samples[other], aim, headline)
+        whole = len(samples[other]) == len(samples[OURS])  # it has not failed in any of its lives
+        return compare(SCENARIO, what, unit, samples[OURS], other, samples[other] if whole else [], aim, headline)
 
     killed = "rank's SIGKILL to the next good answer"
     return [

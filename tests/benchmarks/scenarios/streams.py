@@ -26,6 +26,7 @@ SCENARIO = "streams, 2 ranks"
 CHUNK = b"x" * 100
 CHUNKS = 256
 CLIENTS = (1, 16)
+OTHERS = (TORCHSERVE, BARE)
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,7 +83,7 @@ def measure(run: Run) -> Findings:
         first = take_turns(run, "first chunks", {up.name: FirstChunk(up, model.name) for up in ups})
     rows, panels = [], []
     for clients, loads in found.items():
-        chunks = {name: [CHUNKS * rate for rate in pick(loads, name, "requests_per_s")] for name in ORDER}
+        chunks = {name: [CHUNKS * rate for rate in pick(loads, name, "requests_per_s")] for name in (OURS, *OTHERS)}
         what = f"chunks/s, {clients} client{'s' * (clients > 1)}"
         rows += [compare(SCENARIO, what, "", chunks[OURS], name, chunks[name]) for name in OTHERS]
         panels.append(Panel.of(f"{SCENARIO}: {what}", "", chunks))
@@ -90,7 +91,3 @@ def measure(run: Run) -> Findings:
         times = [pick(first, server, "p50_us") for server in (OURS, name)]
         rows.append(compare(SCENARIO, "p50 of the first chunk, 1 client", "µs", times[0], name, times[1]))
     return Findings(rows, panels[1:])
-
-
-OTHERS = (TORCHSERVE, BARE)
-ORDER = (OURS, *OTHERS)
