@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from tests.benchmarks.contest import OURS, pick, take_turns
+from tests.benchmarks.contest import OURS, Load, take_turns
 from tests.benchmarks.plot import Panel
 from tests.benchmarks.report import Aim, Findings, compare
 from tests.benchmarks.workspace import HANDLERS, MODELS, Model
@@ -21,13 +22,17 @@ IN_FLIGHT = "minserve:\n  inFlight: 4\n"  # more than the stages: the next one w
 STAGES = (HANDLERS / "stages.py",)
 TEXT = "minserve puts any PyTorch code that runs under torchrun behind a plain HTTP endpoint. " * 3  # some 60 tokens
 ALONE, PIPELINE = "one process", "pipeline"
-FASTER, NOT_SLOWER = Aim("≥", 1.7), Aim("≤", 1.15)
+BALANCED = "balanced"
+FIGURES: tuple[tuple[int, str, str, Callable[[Load], float], Aim], ...] = (  # the aims are for balanced stages
+    (CLIENTS, "requests/s", "", lambda load: load.requests_per_s, Aim("≥", 1.7)),
+    (1, "p50", "ms", lambda load: load.p50_us / 1000, Aim("≤", 1.15)),
+)
 
 
 def measure(run: Run) -> Findings:
     """Balanced stages, and MiniLM, whose first stage has the tokenizer, too. batchSize 1: batches help either way."""
     pairs = {
-        "balanced": (
+        BALANCED: (
             Model("stages", STAGES, ranks=0),
             Model("stages-pp", STAGES, parallel="pp", more=IN_FLIGHT),
         ),
@@ -41,20 +46,20 @@ def measure(run: Run) -> Findings:
     body.write_text(TEXT)
     with run.server(OURS, [model for pair in pairs.values() for model in pair]) as up:
         for name, (alone, pipeline) in pairs.items():
-            for clients, attribute, figure, unit, aim in (
-                (CLIENTS, "requests_per_s", "requests/s", "", FASTER),
-                (1, "p50_us", "p50", "µs", NOT_SLOWER),
-            ):
+            for clients, figure, unit, read, aim in FIGURES:
                 contestants = {
                     key: replace(run.clients(up, model.name, clients), body=body, answer=None)
                     for key, model in ((PIPELINE, pipeline), (ALONE, alone))
                 }
                 what = f"{figure}, {name}, {clients} client{'s' * (clients > 1)}"
                 loads = take_turns(run, f"pipelines: {what}", contestants)
-                ours, theirs = (pick(loads, key, attribute) for key in (PIPELINE, ALONE))
-                rows.append(compare(SCENARIO, what, unit, ours, ALONE, theirs, aim, headline=name == "balanced"))
-                panels.append(Panel.of(f"{SCENARIO}: {what}", unit, {"minserve pp": ours, ALONE: theirs}))
-    return Findings(rows, panels[::2])
+                ours, theirs = ([read(load) for load in loads[key]] for key in (PIPELINE, ALONE))
+                balanced = name == BALANCED
+                aimed = aim if balanced else None
+                rows.append(compare(SCENARIO, what, unit, ours, ALONE, theirs, aimed, headline=balanced))
+                if clients > 1:
+                    panels.append(Panel.of(f"{SCENARIO}: {what}", unit, {"minserve pp": ours, ALONE: theirs}))
+    return Findings(rows, panels)
 
 
 def _minilm(name: str) -> tuple[Path, ...]:
