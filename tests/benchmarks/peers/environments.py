@@ -79,6 +79,7 @@ class Environments:
         except subprocess.SubprocessError as error:
             shutil.rmtree(folder, ignore_errors=True)
             lines = (getattr(error, "stderr", None) or str(error)).strip().splitlines()
-            self.failed[peer] = f"its environment cannot be made: {lines[-1] if lines else error}"
+            why = next((line for line in lines if line.startswith("ERROR")), lines[-1])  # pip goes on with advice
+            self.failed[peer] = f"its environment cannot be made: {why}"
             raise PeerError(self.failed[peer]) from error
         (folder / MADE).write_text("\n".join(PACKAGES[peer]))
