@@ -86,6 +86,26 @@ class Dispatcher:
         Raises:
             MinServeError: it was refused, expired, or failed with its worker.
         """
+        self.begin(request)
+        answered = False
+        try:
+            reply = await request.reply
+            answered = True
+            return reply
+        except asyncio.CancelledError:  # perhaps with the answer already there, and nobody to take it
+            self.withdraw(request)
+            raise
+        finally:
+            self.finish(request, answered)
+
+    # The same for whoever has no task that could wait. Each `begin` that did not raise needs its `finish`.
+
+    def begin(self, request: Request) -> None:
+        """Admits a request, whose `reply` then tells the answer.
+
+        Raises:
+            MinServeError: it is refused.
+        """
         if request.meta.operation != DESCRIBE:
             self.meters.arrived(request.named)
         if self._refusal is not None:
@@ -98,18 +118,27 @@ class Dispatcher:
         self._live.add(request)
         self._deadline_alarm.at(request.deadline)
         self.wake()
+
+    def withdraw(self, request: Request) -> None:
+        """The client has left. In flight the ranks finish all the same, and nobody takes the answer."""
         try:
-            reply = await request.reply
+            self._queue.remove(request)
+        except ValueError:
+            if request.stream is not None:
+                request.stream.mute()
+
+    def finish(self, request: Request, answered: bool) -> None:
+        """Nobody waits for a request's answer any more.
+
+        Args:
+            answered: because it has come, and is no error.
+        """
+        if answered:
             self._rate.count()
-            return reply
-        except asyncio.CancelledError:  # perhaps with the answer already there, and nobody to take it
-            self._withdraw(request)
-            raise
-        finally:
-            self._live.discard(request)
-            if self._idle is not None and not self._live:
-                self._idle.set_result(None)
-                self._idle = None
+        self._live.discard(request)
+        if self._idle is not None and not self._live:
+            self._idle.set_result(None)
+            self._idle = None
 
     @property
     def queued(self) -> int:
@@ -274,14 +303,6 @@ class Dispatcher:
         rate = self._rate.per_second()
         error.retry_after = len(self._queue) / rate if rate else None
         return error
-
-    def _withdraw(self, request: Request) -> None:
-        """The client has left. In flight the ranks finish all the same, and nobody takes the answer."""
-        try:
-            self._queue.remove(request)
-        except ValueError:
-            if request.stream is not None:
-                request.stream.mute()
 
     def _expire(self) -> None:
         """Answers whatever has passed its deadline. In flight that frees no place: the ranks still work on it."""

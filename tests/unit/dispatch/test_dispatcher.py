@@ -465,6 +465,44 @@ async def test_a_client_that_leaves_in_the_tick_of_the_first_chunk_mutes_the_str
     assert request.stream.muted
 
 
+# ── whoever has no task that could wait ──
+
+
+@pytest.mark.asyncio
+async def test_a_request_that_was_only_begun_counts_until_it_is_finished() -> None:
+    rig = Rig()
+    request = rig.request("a")
+    rig.dispatcher.begin(request)
+    answered = asyncio.create_task(rig.dispatcher.answered())
+    rig.lane.free()
+    await settle()
+    assert bytes(request.reply.result().body) == b"a"
+    assert not answered.done()
+    rig.dispatcher.finish(request, answered=True)
+    await answered
+
+
+@pytest.mark.asyncio
+async def test_a_request_that_was_only_begun_can_leave_the_queue_again() -> None:
+    rig = Rig()
+    rig.lane.places = 0
+    request = rig.request("a")
+    rig.dispatcher.begin(request)
+    request.reply.cancel()
+    rig.dispatcher.withdraw(request)
+    rig.dispatcher.finish(request, answered=False)
+    assert rig.dispatcher.queued == 0
+    await rig.dispatcher.answered()
+
+
+@pytest.mark.asyncio
+async def test_what_is_refused_is_not_begun() -> None:
+    rig = Rig(queue_limit=0)
+    with pytest.raises(QueueFull):
+        rig.dispatcher.begin(rig.request("a"))
+    await rig.dispatcher.answered()
+
+
 class BrokenLane:
     def has_place(self) -> bool:
         return True
