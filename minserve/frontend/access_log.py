@@ -8,7 +8,9 @@ from typing import TYPE_CHECKING
 from aiohttp.abc import AbstractAccessLogger
 
 if TYPE_CHECKING:
-    from aiohttp import web
+    import asyncio
+
+    from aiohttp import HttpVersion, web
 
 ACCESS = logging.getLogger("minserve.access")
 
@@ -18,8 +20,19 @@ class AccessLogger(AbstractAccessLogger):
 
     def log(self, request: web.BaseRequest, response: web.StreamResponse, time: float) -> None:
         """Called by aiohttp when the last byte of an answer was handed over. `time` is in seconds."""
-        peer = request.transport.get_extra_info("peername") if request.transport is not None else None
+        self.tell(request.transport, request.method, request.raw_path, request.version, response.status, time)
+
+    def tell(
+        self,
+        transport: asyncio.BaseTransport | None,
+        method: str,
+        path: str,
+        version: HttpVersion,
+        status: int,
+        seconds: float,
+    ) -> None:
+        """Writes the line of an answer."""
+        peer = transport.get_extra_info("peername") if transport is not None else None
         client = f"{peer[0]}:{peer[1]}" if isinstance(peer, tuple) else "unix"
-        version = f"{request.version.major}.{request.version.minor}"
-        line = f'/{client} "{request.method} {ascii(request.raw_path)[1:-1]} HTTP/{version}"'
-        self.logger.info("%s %d %d", line, response.status, int(time * 1000))
+        line = f'/{client} "{method} {ascii(path)[1:-1]} HTTP/{version.major}.{version.minor}"'
+        self.logger.info("%s %d %d", line, status, int(seconds * 1000))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -14,6 +15,7 @@ from minserve.frontend.auth import KEY_FILE, Keys, Kind, TokenRoute
 from minserve.frontend.connections import Connections
 from minserve.frontend.cors import Cors
 from minserve.frontend.docs import Docs
+from minserve.frontend.express import Express
 from minserve.frontend.guard import Guard
 from minserve.frontend.headers import finish_headers
 from minserve.frontend.health import Health
@@ -38,6 +40,7 @@ _TITLES = {
     Role.MANAGEMENT: "minserve: management",
     Role.METRICS: "minserve: metrics",
 }
+EXPRESS = web.AppKey("express", Express)
 SHUTDOWN_TIMEOUT_S = 5.0  # for clients that are slow to read an answer; by then no request is left in flight
 
 
@@ -55,7 +58,7 @@ def make_keys(options: ServerOptions) -> Keys | None:
 def inference_app(registry: Registry, options: ServerOptions, keys: Keys | None = None) -> web.Application:
     """What listens on the inference port."""
     app, routes = _application(registry, options, keys, Role.INFERENCE)
-    _add_inference(routes, registry, options)
+    _add_inference(app, routes, registry, options, keys)
     add_not_found(routes)
     return app
 
@@ -88,17 +91,24 @@ def combined_app(registry: Registry, options: ServerOptions, keys: Keys | None =
     )
     if options.enable_metrics_api:
         MetricsRoute(registry).add_routes(management)
-    _add_inference(routes, registry, options)  # first, as with TorchServe: /models/{model}/invoke is no model's version
+    _add_inference(
+        app, routes, registry, options, keys
+    )  # first, as with TorchServe: /models/{model}/invoke is no model's version
     _add_management(management, registry, options, keys)
     add_not_found(routes)
     return app
 
 
-def _add_inference(routes: Routes, registry: Registry, options: ServerOptions) -> None:
+def _add_inference(
+    app: web.Application, routes: Routes, registry: Registry, options: ServerOptions, keys: Keys | None
+) -> None:
     Health(registry, options).add_routes(routes)
     inference = Inference(registry, options)
     for these in (inference, KServe(registry, inference), Aliases(registry, inference)):
         these.add_routes(routes)
+    if not Cors(options).on:  # what it adds to answers depends on each request
+        key = functools.partial(keys.good, Kind.INFERENCE) if keys is not None else None
+        app[EXPRESS] = Express(registry, options, inference.in_flight, key)
 
 
 def _add_management(routes: Routes, registry: Registry, options: ServerOptions, keys: Keys | None) -> None:
@@ -158,7 +168,7 @@ class _Runner(web.AppRunner):
         self._options = options
 
     async def _make_server(self) -> web.Server:
-        return Connections(await super()._make_server(), self._options, self.app.get(METRICS))
+        return Connections(await super()._make_server(), self._options, self.app.get(METRICS), self.app.get(EXPRESS))
 
 
 def require_c_parser() -> None:

@@ -22,6 +22,7 @@ from aiohttp import hdrs, web
 
 from minserve.errors import InvalidKey, MinServeError, StartupError
 from minserve.frontend.errors import JSON
+from minserve.frontend.passage import Carried
 from minserve.frontend.routing import ANY_METHOD, add_route
 
 if TYPE_CHECKING:
@@ -78,11 +79,14 @@ class Keys:
         logger.info("requests need a key: %s has them", path)
 
     def require(self, kind: Kind) -> Check:
-        """A check that lets only those requests pass whose `Authorization: Bearer KEY` has the key of a kind."""
+        """A check that lets only those requests pass whose `Authorization: Bearer KEY` has the key of a kind.
+
+        A request that was carried had it when it came.
+        """
         what = "Authentication" if kind is Kind.API else "Authorization"
 
         def check(request: web.Request) -> None:
-            if not self._good(kind, request.headers.get(hdrs.AUTHORIZATION, "")):
+            if not isinstance(request.content, Carried) and not self.good(kind, request.headers):
                 raise InvalidKey(f"Token {what} failed. Token either incorrect, expired, or not provided correctly")
 
         return check
@@ -108,8 +112,9 @@ class Keys:
             if there == self._keys[Kind.API].text:
                 self.path.unlink()
 
-    def _good(self, kind: Kind, header: str) -> bool:
-        match = _BEARER.fullmatch(header)
+    def good(self, kind: Kind, headers: Mapping[str, str]) -> bool:
+        """Whether these headers have the key of a kind."""
+        match = _BEARER.fullmatch(headers.get(hdrs.AUTHORIZATION, ""))
         key = self._keys[kind]
         # All of it is looked at whatever is wrong: how long it takes tells nothing about the key.
         same = secrets.compare_digest(

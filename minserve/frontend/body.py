@@ -114,20 +114,26 @@ def split_body(body: bytes, content_type: str) -> tuple[tuple[Part, ...], list[B
     Raises:
         BadRequest: a form that does not parse.
     """
-    kind = printable(content_type)
-    plain = kind.partition(";")[0].strip()
-    mime = plain.lower()
-    if mime == MULTIPART:
-        fields = _multipart(body, kind)
-    elif mime == URL_ENCODED:
-        fields = _url_encoded(body)
-    else:
+    plain = whole_type(content_type)
+    if plain is not None:
         return (Part("body", plain, len(body)),), [body]
+    kind = printable(content_type)
+    fields = _multipart(body, kind) if _bare(kind).lower() == MULTIPART else _url_encoded(body)
     size = sum(len(name) + len(kind) for name, (kind, _) in fields.items())
     if size > MAX_NAMES:
         raise BadRequest(f"bad form: names and types of {size} characters, at most {MAX_NAMES} are allowed")
     parts = tuple(Part(name, kind, len(value)) for name, (kind, value) in fields.items())
     return parts, [value for _, value in fields.values()]
+
+
+def whole_type(content_type: str) -> str | None:
+    """The type of a body that is one raw part; None: it is a form."""
+    plain = _bare(printable(content_type))
+    return None if plain.lower() in (MULTIPART, URL_ENCODED) else plain
+
+
+def _bare(content_type: str) -> str:
+    return content_type.partition(";")[0].strip()
 
 
 def query_fields(query: str) -> dict[str, bytes]:

@@ -26,11 +26,13 @@ from minserve.frontend.body import give_up_body
 from minserve.frontend.errors import error_response, from_parser, refusal
 from minserve.frontend.headers import REQUEST_ID, request_id
 from minserve.frontend.heads import MAX_HEAD, head_too_large, wrong_with
+from minserve.frontend.lane import LaneHandler
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
     from minserve.frontend.connections import Connections
+    from minserve.frontend.passage import Carrier
 
 logger = logging.getLogger(__name__)
 
@@ -43,7 +45,7 @@ PROBE_S = 0.02
 _TCP_CLOSE = 7  # include/net/tcp_states.h
 
 
-class Connection(web.RequestHandler):
+class Connection(LaneHandler):
     """One client's connection."""
 
     __slots__ = (
@@ -62,8 +64,8 @@ class Connection(web.RequestHandler):
 
     _manager: Connections | None
 
-    def __init__(self, manager: Connections, **options: object) -> None:
-        super().__init__(manager, **options)  # type: ignore[arg-type]
+    def __init__(self, manager: Connections, express: Carrier | None, **options: object) -> None:
+        super().__init__(manager, express, **options)
         self._max_msg_queue_size, self._msg_queue_resume_size = PIPELINED, PIPELINED // 2
         self._options = manager.options
         self._read_timeout = manager.options.body_timeout  # for the client to take some bytes of its answer
@@ -87,9 +89,12 @@ class Connection(web.RequestHandler):
 
     def data_received(self, data: bytes) -> None:
         """Bytes from the client. Called with none when reading goes on."""
-        if self._ending:
-            return
-        super().data_received(data)
+        if not self._ending and (not data or (data := self.past(data))):
+            self.parse(data)
+
+    def parse(self, data: bytes) -> None:
+        """Bytes for the parser."""
+        self.feed(data)
         if self._messages:
             message, body = self._messages[-1]
             if isinstance(message, _ErrInfo):
@@ -100,6 +105,7 @@ class Connection(web.RequestHandler):
                 if size > MAX_HEAD or len(self._messages) > 1 or message.version is not HttpVersion11:
                     self._check_heads()
             self._head_size = self._overhead = 0
+            self.go_on(data)
         elif self._waiter is not None:  # nothing is at work, and these bytes have not made a request
             self._head_size += len(data)
             if self._head_size > MAX_HEAD:
@@ -186,6 +192,7 @@ class Connection(web.RequestHandler):
         Once an answer has begun, and for HTTP/1.0, there is no such byte, and the FIN counts as a client that leaves: that
         one who has left holds no place in the queue weighs more.
         """
+        self.give_early()
         starting = self._waiter is not None
         if starting and not self._messages:
             return False  # nothing to answer
@@ -223,6 +230,8 @@ class Connection(web.RequestHandler):
                     self.transport.abort()
                 else:
                     self._probe()
+            elif self._carried is not None:
+                self._probe()
 
     def _probe(self) -> None:
         if self.transport is not None:

@@ -15,6 +15,7 @@ from minserve.frontend.headers import REQUEST_ID, request_id
 
 if TYPE_CHECKING:
     from minserve.config.server import ServerOptions
+    from minserve.frontend.passage import Carrier
     from minserve.telemetry.metrics import Metrics
 
 LOOK_EVERY_S = 1.0
@@ -23,19 +24,31 @@ LINGER_S = 5.0  # how long the rest of a refused body is read, so that its sende
 
 
 class Connections(web.Server):
-    """The connections of one port. Made from aiohttp's own server of an application."""
+    """The connections of one port. Made from aiohttp's own server of an application.
 
-    def __init__(self, plain: web.Server, options: ServerOptions, metrics: Metrics | None = None) -> None:
+    Args:
+        express: carries what may go past the application; None: nothing does.
+    """
+
+    def __init__(
+        self,
+        plain: web.Server,
+        options: ServerOptions,
+        metrics: Metrics | None = None,
+        express: Carrier | None = None,
+    ) -> None:
         # A client that disconnects cancels its request, which takes it out of the queue.
         super().__init__(plain.request_handler, request_factory=plain.request_factory, handler_cancellation=True)
         self.options = options
         self._metrics = metrics
+        self._express = express
         self._look_soon()
 
     def __call__(self) -> web.RequestHandler:
         """A new connection. Decompression would let a small body grow."""
         return Connection(
             self,
+            self._express,
             loop=self._loop,
             access_log=ACCESS if self.options.access_log else None,
             access_log_class=AccessLogger,

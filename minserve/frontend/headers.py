@@ -31,11 +31,16 @@ _CLIENT_ID = re.compile(r"[A-Za-z0-9._-]{1,128}")
 
 def request_id(headers: Mapping[str, str]) -> str:
     """The client's x-request-id where it is fit to be logged, else a fresh one."""
+    return client_id(headers) or fresh_id()
+
+
+def client_id(headers: Mapping[str, str]) -> str:
+    """The client's x-request-id where it is fit to be logged, else ""."""
     given = headers.get(REQUEST_ID)
-    return given if given and _CLIENT_ID.fullmatch(given) else _fresh_id()
+    return given if given and _CLIENT_ID.fullmatch(given) else ""
 
 
-def _fresh_id() -> str:
+def fresh_id() -> str:
     """A random UUID, as TorchServe gives. `uuid.uuid4` takes four times as long, and this one guards nothing."""
     digits = f"{random.getrandbits(128):032x}"
     return f"{digits[:8]}-{digits[8:12]}-4{digits[13:16]}-a{digits[17:20]}-{digits[20:]}"
@@ -57,9 +62,18 @@ def finish_headers(request: web.Request, response: web.StreamResponse) -> None:
         headers[REQUEST_ID] = request.get(ID) or request_id(request.headers)
         if isinstance(response, web.HTTPException):
             _make_ours(response)
+    end_headers(headers, keep_alive=request.version >= HttpVersion11)
+
+
+def end_headers(headers: CIMultiDict[str], keep_alive: bool) -> None:
+    """What is done last to the headers of an answer.
+
+    Args:
+        keep_alive: the connection stays open unless the headers say that it does not.
+    """
     if headers.get(hdrs.CONTENT_TYPE) == UNTYPED:
         del headers[hdrs.CONTENT_TYPE]
-    if hdrs.CONNECTION not in headers and request.version >= HttpVersion11:
+    if keep_alive and hdrs.CONNECTION not in headers:
         headers[hdrs.CONNECTION] = "keep-alive"  # goes without saying in HTTP/1.1; TorchServe says it, and so some look
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import math
 from time import perf_counter
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 from aiohttp import hdrs, web
 from multidict import CIMultiDict
@@ -15,6 +15,7 @@ from minserve.errors import MinServeError, NoWorkers
 from minserve.frontend.admission import InFlightBytes, request_timeout
 from minserve.frontend.body import BodyReader, printable, split_body
 from minserve.frontend.headers import ID, REQUEST_ID, UNTYPED, USUAL, add_usual, request_id
+from minserve.frontend.passage import Carried
 from minserve.frontend.routing import add_route
 from minserve.frontend.streaming import stream_reply
 from minserve.wire.messages import RequestMeta
@@ -24,6 +25,8 @@ if TYPE_CHECKING:
 
     from minserve.config.server import ServerOptions
     from minserve.dispatch.request import Reply
+    from minserve.frontend.lane import LaneHandler
+    from minserve.frontend.passage import Passage
     from minserve.frontend.routing import Routes
     from minserve.registry.models import Registry, ServedModel
     from minserve.wire.messages import Buffer, Part
@@ -42,8 +45,8 @@ class Inference:
         self._registry = registry
         self._loop = asyncio.get_running_loop()  # kept: up to Python 3.11 to ask for it is a system call
         self._bodies = BodyReader(options)
-        self._in_flight = InFlightBytes(options.max_in_flight_bytes)
-        registry.metrics.in_flight = lambda: self._in_flight.used
+        self.in_flight = InFlightBytes(options.max_in_flight_bytes)
+        registry.metrics.in_flight = lambda: self.in_flight.used
         self._max_response_size = options.max_response_size
 
     def add_routes(self, routes: Routes) -> None:
@@ -56,6 +59,8 @@ class Inference:
 
     def predict(self, request: web.Request) -> Awaitable[web.StreamResponse]:
         """Sends one request to a model and its answer to the client."""
+        if isinstance(request.content, Carried):
+            return self.deliver(request, request.content.passage)
         match = request.match_info
         model = self._registry.find(match["model"], match.get("version") or None)
         return self.serve(request, model, "", printable(match.get("rest", "")))
@@ -83,7 +88,7 @@ class Inference:
         """
         began, now, headers = perf_counter(), self._loop.time(), request.headers
         deadline = math.inf if model is None else now + request_timeout(headers, model.spec.request_timeout)
-        share = self._in_flight.share()
+        share = self.in_flight.share()
         try:
             body = self._bodies.take(request, share)
             if body is None:
@@ -103,16 +108,35 @@ class Inference:
                 reply = await model.dispatcher.submit(asked)
             except NoWorkers:
                 raise NoWorkers(model.spec.name, version) from None
-            replied = perf_counter()
-            if reply.stream is not None:
-                model.dispatcher.meters.frontend.record(asked.entered - began)
-                stall_timeout = model.spec.config.minserve.stream_stall_timeout
-                return await stream_reply(request, reply, reply.stream, headers_of(reply, id_), stall_timeout)
-            response = self._response(reply, id_, model)
-            model.dispatcher.meters.frontend.record(asked.entered - began + perf_counter() - replied)
-            return response
+            return await self._answer(request, asked, reply, model, began)
         finally:
             share.give_back()
+
+    async def deliver(self, request: web.Request, passage: Passage) -> web.StreamResponse:
+        """Writes the answer, error or stream of a request that was carried to its model by `frontend.express`."""
+        cast("LaneHandler", request.protocol).take_over(passage)
+        asked, model = passage.asked, passage.model
+        request[ID] = asked.meta.id
+        try:
+            try:
+                reply = passage.result()
+            except NoWorkers:
+                raise NoWorkers(model.spec.name, passage.head.version or "") from None
+            return await self._answer(request, asked, reply, model, passage.began)
+        finally:
+            passage.end()
+
+    async def _answer(
+        self, request: web.Request, asked: Request, reply: Reply, model: ServedModel, began: float
+    ) -> web.StreamResponse:
+        replied, id_ = perf_counter(), asked.meta.id
+        if reply.stream is not None:
+            model.dispatcher.meters.frontend.record(asked.entered - began)
+            stall_timeout = model.spec.config.minserve.stream_stall_timeout
+            return await stream_reply(request, reply, reply.stream, headers_of(reply, id_), stall_timeout)
+        response = self._response(reply, id_, model)
+        model.dispatcher.meters.frontend.record(asked.entered - began + perf_counter() - replied)
+        return response
 
     def _response(self, reply: Reply, id_: str, model: ServedModel) -> web.Response:
         if len(reply.body) > self._max_response_size:

@@ -15,10 +15,16 @@ def options(request: pytest.FixtureRequest) -> ServerOptions:
     return options
 
 
+@pytest.fixture
+def express() -> bool:
+    """Whether requests may be carried past aiohttp. Tests of what both ways have in common are run for both."""
+    return True
+
+
 @pytest_asyncio.fixture
-async def rig(options: ServerOptions, monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[Rig]:
+async def rig(options: ServerOptions, express: bool, monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[Rig]:
     monkeypatch.setattr("minserve.registry.making.Supervisor", FakeSupervisor)
-    async with Rig(options) as rig:
+    async with Rig(options, express=express) as rig:
         yield rig
 
 

@@ -21,7 +21,7 @@ from minserve.dispatch.dispatcher import Dispatcher
 from minserve.dispatch.request import Request
 from minserve.errors import MinServeError
 from minserve.frontend.admission import InFlightBytes
-from minserve.frontend.app import inference_app, management_app, runner
+from minserve.frontend.app import EXPRESS, inference_app, management_app, runner
 from minserve.frontend.auth import Keys
 from minserve.frontend.connections import Connections
 from minserve.frontend.inference import Inference
@@ -199,10 +199,14 @@ class Rig:
     """Both applications over one registry. Model "m" is there from the start.
 
     For the connections of the inference port time passes only by `pass_time`.
+
+    Args:
+        express: requests may be carried past aiohttp.
     """
 
-    def __init__(self, options: ServerOptions = OPTIONS, keys: Keys | None = None) -> None:
+    def __init__(self, options: ServerOptions = OPTIONS, keys: Keys | None = None, express: bool = True) -> None:
         self._options = options
+        self._express = express
         self._keys = keys
         self._now = 1000.0
         self.registry = Registry(FakeRuntime(), Inventory(), {}, lambda: None, options)
@@ -250,7 +254,10 @@ class Rig:
         return status_of(head), head, rest
 
     async def __aenter__(self) -> Self:
-        self.inference = Client(Server(inference_app(self.registry, self._options, self._keys), self._options))
+        app = inference_app(self.registry, self._options, self._keys)
+        if not self._express:
+            del app[EXPRESS]
+        self.inference = Client(Server(app, self._options))
         self.management = Client(Server(management_app(self.registry, self._options, self._keys), self._options))
         await self.inference.start_server()
         await self.management.start_server()
@@ -276,4 +283,4 @@ def _in_flight(app: web.Application) -> InFlightBytes:
     predict: object = inspect.unwrap(next(iter(next(resources))).handler)
     assert isinstance(predict, MethodType)
     assert isinstance(predict.__self__, Inference)
-    return predict.__self__._in_flight
+    return predict.__self__.in_flight

@@ -124,7 +124,7 @@ def test_what_an_authorization_header_may_look_like(keys: Keys) -> None:
         *(f" Bearer {key}", f"Bearer {key} ", f"Bearer {key}x", f"Bearer {key[:-1]}", "Bearer é"),
     ):
         assert not passes(keys, Kind.INFERENCE, header), header
-    assert not keys._good(Kind.INFERENCE, f"Bearer {key}\udcff"), "as bytes that are no UTF-8 arrive"
+    assert not keys.good(Kind.INFERENCE, {"Authorization": f"Bearer {key}\udcff"}), "as bytes that are no UTF-8 arrive"
 
 
 def test_a_key_expires_after_its_minutes_also_in_fractions_and_the_api_key_never(keys: Keys, clock: Clock) -> None:

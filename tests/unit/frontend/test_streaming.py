@@ -12,7 +12,7 @@ from minserve.wire.messages import Answer, Buffer
 from tests.unit.frontend.rig import OPTIONS, Rig
 from tests.unit.worker.specs import until
 
-pytestmark = pytest.mark.asyncio
+pytestmark = [pytest.mark.asyncio, pytest.mark.parametrize("express", [True, False], ids=["express", "aiohttp"])]
 
 HEADERS = (("Content-Type", "text/event-stream"), ("X-Model", "m"))
 ROOM = 100_000
