@@ -22,6 +22,7 @@ from minserve.frontend.admission import request_timeout
 from minserve.frontend.body import whole_type
 from minserve.frontend.headers import REQUEST_ID, USUAL, client_id, end_headers, fresh_id
 from minserve.frontend.inference import METHODS, headers_of
+from minserve.frontend.lane import MAX_BYTES
 from minserve.frontend.passage import Head, Passage
 from minserve.frontend.streaming import BODILESS
 from minserve.wire.messages import Part, RequestMeta
@@ -39,7 +40,6 @@ if TYPE_CHECKING:
     from minserve.registry.models import Registry
     from minserve.telemetry.metrics import Metrics
 
-MAX_BYTES = 32 * 1024  # of a request, and of an answer: below what a transport holds before it asks to be waited for
 _METHODS = frozenset(METHODS)
 # A name with anything else in it may have to be decoded first.
 _PATH = re.compile(r"/predictions/([\w-][\w.-]*)(?:/([\w-][\w.-]*))?", re.ASCII)
@@ -154,8 +154,8 @@ def _around_length(headers: Headers, text: bytes) -> tuple[bytes, bytes, int] | 
 def _head(reply: Reply, id_: str) -> bytes:
     """The head of an answer, as aiohttp would write it after `headers_of` and `finish_headers`."""
     size, date = len(reply.body), rfc822_formatted_time()
-    if not reply.headers:
-        head = f"HTTP/1.1 {reply.status} {reply.reason}\r\n{_USUAL}{REQUEST_ID}: {id_}\r\n"
+    if not reply.headers and not reply.reason:
+        head = f"HTTP/1.1 {reply.status} \r\n{_USUAL}{REQUEST_ID}: {id_}\r\n"
         return f"{head}Content-Length: {size}\r\nDate: {date}\r\nConnection: keep-alive\r\n\r\n".encode()
     headers = headers_of(reply, id_)
     headers[hdrs.CONTENT_LENGTH] = str(size)

@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from minserve.frontend.passage import Carrier, Head, Passage
 
 MAX_KNOWN = 4096  # bytes of a head that is kept: each connection may keep one
+MAX_BYTES = 32 * 1024  # of a body that is carried, and of an answer: less than what transports hold without a complaint
 HOLD_S = 0.01  # for the body behind a head; then aiohttp waits for it
 
 
@@ -67,7 +68,7 @@ class LaneHandler(web.RequestHandler):
             if self._express.begin(self, known, known.headers(data), data[start:]):
                 self._request_count += 1
                 return b""
-        elif len(data) == start:
+        elif len(data) == start and size <= MAX_BYTES:
             self._early = data
             self._timer = self._loop.call_later(HOLD_S, self.give_early)
             return b""
@@ -119,9 +120,10 @@ class LaneHandler(web.RequestHandler):
         waiter, known = self._waiter, self._known
         if waiter is None or waiter.done() or not self._messages:
             return
-        if known is not None and self._express is not None and not self._due and known.message is self._messages[0][0]:
-            start = len(known.before) + len(known.message.raw_headers[known.place][1]) + len(known.after)
-            if self._express.begin(self, known, known.message.raw_headers, data[start:]):
+        message, content = self._messages[0]
+        if known is not None and self._express is not None and not self._due and known.message is message:
+            body = data[known.size :]
+            if len(body) == content.total_bytes and self._express.begin(self, known, message.raw_headers, body):
                 return
         waiter.set_result(None)
 

@@ -47,6 +47,11 @@ class Head:
     timeout: float
     id: str
 
+    @property
+    def size(self) -> int:
+        """Its bytes."""
+        return len(self.before) + len(self.message.raw_headers[self.place][1]) + len(self.after)
+
     def again(self, data: bytes) -> tuple[int, int] | None:
         """Where the body begins and how long it is to be, if the bytes begin with this same head but for the length."""
         at = len(self.before)

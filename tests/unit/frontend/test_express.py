@@ -13,7 +13,8 @@ from minserve.errors import MinServeError, ModelUnhealthy, NoWorkers, WorkerFail
 from minserve.frontend import lane
 from minserve.frontend.auth import KEY_FILE, Keys, Kind
 from minserve.frontend.connection import Connection
-from minserve.frontend.express import MAX_BYTES, Express
+from minserve.frontend.express import Express
+from minserve.frontend.lane import MAX_BYTES
 from minserve.frontend.passage import Passage
 from minserve.wire.messages import Answer, Buffer
 from tests.unit.frontend.rig import OPTIONS, FakeSupervisor, Raw, Rig, with_options
