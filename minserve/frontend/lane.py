@@ -108,12 +108,9 @@ class LaneHandler(web.RequestHandler):
         end = data.find(b"\r\n\r\n") + 4
         if isinstance(message, _ErrInfo) or message.chunked or message.upgrade or end < 4:
             return
-        text = data[:end]
-        if text.count(b"\n") != text.count(b"\r\n"):
-            return
         self._due = max(end + int(message.headers.get(hdrs.CONTENT_LENGTH, 0)) - len(data), -1)
         if self._express is not None and self._due >= 0 and end <= MAX_KNOWN:
-            self._known = self._express.read(message, text)
+            self._known = self._express.read(message, data[:end])
 
     def go_on(self, data: bytes) -> None:
         """Wakes aiohttp for the requests that have come, unless these bytes are a single one and it can be carried."""

@@ -463,6 +463,25 @@ async def test_to_a_client_that_does_not_read_aiohttp_writes(rig: Rig) -> None:
             assert len((await client.answer())[2]) == MAX_BYTES
 
 
+async def test_to_a_client_that_has_stopped_reading_aiohttp_writes(rig: Rig, held: list[Request]) -> None:
+    interim = b"HTTP/1.1 100 Continue\r\n\r\n"
+    async with rig.client(receive_buffer=4096) as client:
+        client.send(post())
+        await until(lambda: held)
+        (one,) = rig.connections.connections
+        assert isinstance(one, Connection)
+        assert one.transport is not None
+        while one.takes_answer:
+            one.transport.write(interim * 1000)
+            await asyncio.sleep(0)
+        held[0].answer(Answer(0, 2), b"ok")
+        assert one._carried is held[0].reply
+        answer = await client.answer()
+        while answer[0] == 100:
+            answer = await client.answer()
+        assert answer[::2] == (200, b"ok")
+
+
 # ── the end of a server ──
 
 
