@@ -313,6 +313,56 @@ async def test_what_comes_while_a_request_is_carried_waits_for_its_answer(rig: R
 
 
 @pytest.mark.parametrize(
+    "ends",
+    [
+        (b"\r\n\r\n", b"\n\n"),
+        (b"\r\n\r\n", b"\r\n\n"),
+        (b"\r\n\r\n", b"\n\r\n"),
+        (b"\r\nHost", b"\nHost"),
+    ],
+)
+async def test_a_line_ends_in_two_bytes(rig: Rig, ends: tuple[bytes, bytes]) -> None:
+    """Else the first empty line, by which a known head is told from its body, would not be the end of a head."""
+    async with rig.client() as client:
+        client.send(post(b"\r\n\r\n").replace(*ends, 1))
+        assert (await client.answer())[0] == 400
+    assert rig.lane.requests == []
+
+
+async def test_a_head_behind_a_body_is_not_passed_over(rig: Rig) -> None:
+    """The parser stands in its middle."""
+    async with rig.client() as client:
+        one = await connection(rig)
+        client.send(HEAD + b"Content-Length: 3\r\n\r\n")
+        await until(lambda: one._due == 3)
+        client.send(b"abc" + b"POST /x")
+        assert (await client.answer())[0] == 200
+        client.send(post(b"abc"))
+        assert (await client.answer())[0] == 400
+    assert len(rig.lane.requests) == 1
+
+
+@pytest.mark.parametrize("outcome", [failing(WorkerFailed("gone")), chunks(b"a")], ids=["error", "stream"])
+async def test_what_is_handed_over_comes_before_what_waits(
+    rig: Rig, held: list[Request], outcome: Callable[[Request], object]
+) -> None:
+    async with rig.client() as client:
+        client.send(post(b"1"))
+        await until(lambda: held)
+        (one,) = rig.connections.connections
+        client.send(post(b"2", b"x-request-id: second"))
+        await until(lambda: one._messages)
+        outcome(held.pop())
+        _, head, _ = await client.answer()
+        assert b"second" not in head
+        if b"chunked" in head:
+            await client.rest_of_chunks()
+        await until(lambda: held)
+        replying()(held.pop())
+        assert b"second" in (await client.answer())[1]
+
+
+@pytest.mark.parametrize(
     "outcome", [replying(), failing(WorkerFailed("gone")), chunks(b"a")], ids=["ok", "error", "stream"]
 )
 async def test_a_whole_burst_keeps_its_order(rig: Rig, outcome: Callable[[Request], object]) -> None:
