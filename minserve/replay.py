@@ -94,7 +94,7 @@ class Replay:
     async def _play(self, group: RankGroup, batches: Sequence[Batch]) -> None:
         async with asyncio.TaskGroup() as under_way:
             for batch in batches:
-                while not group.has_place() and not group.failed.done():
+                while not group.has_place(full=False) and not group.failed.done():  # nothing is sent ahead
                     self._changed.clear()
                     await self._changed.wait()
                 if group.failed.done():
@@ -164,7 +164,7 @@ def _compared(batch: Batch, error: MinServeError | None) -> str:
     return f"; recorded: {batch.error or 'ok'}"
 
 
-def _fail_all(requests: list[Request], error: MinServeError) -> None:
+def _fail_all(requests: list[Request], error: MinServeError, begun: bool) -> None:
     for request in requests:
         request.fail(error)
 

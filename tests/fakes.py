@@ -60,7 +60,7 @@ class FakeClock:
 
 
 class MemoryLink:
-    """A link to a rank that only remembers the frames written to it."""
+    """A link to a rank that only remembers the frames written to it, and how many of them could have waited."""
 
     def __init__(self, rank: int) -> None:
         self.rank = rank
@@ -68,9 +68,15 @@ class MemoryLink:
         self.has_room = True
         self._reader = FrameReader(2**31, FROM_SERVER)
         self.frames: list[Frame] = []
+        self.waited = 0
+        self.flushes = 0
 
-    def write(self, pieces: Sequence[Buffer]) -> None:
+    def write(self, pieces: Sequence[Buffer], *, later: bool = False) -> None:
+        self.waited += later
         self.frames += feed(self._reader, b"".join(bytes(piece) for piece in pieces))
+
+    def flush(self) -> None:
+        self.flushes += 1
 
 
 def feed(reader: FrameReader, data: bytes) -> list[Frame]:

@@ -30,8 +30,17 @@ DESCRIBE = "describe"  # the operation of a request that asks about the model, a
 class Lane(Protocol):
     """What a worker is to the dispatcher: somewhere a batch can go."""
 
-    def has_place(self) -> bool:
-        """Whether a batch may be sent now: fewer than `inFlight` are under way, and every rank's link has room."""
+    @property
+    def under_way(self) -> int:
+        """How many batches it works on, or has before it."""
+
+    def has_place(self, *, full: bool) -> bool:
+        """Whether a batch may be sent now: there is a place, and every rank's link has room.
+
+        Args:
+            full: it has as many requests as a batch may have. One that is not goes ahead of no other
+                unless `inFlight` says so.
+        """
 
     def send(self, requests: list[Request]) -> None:
         """Sends a batch to all ranks. From here on the lane answers these requests, whatever happens."""
@@ -71,7 +80,7 @@ class Dispatcher:
         self._rate = Rate(clock)
         self._queue: deque[Request] = deque()
         self._live: set[Request] = set()  # queued and in flight
-        self._lanes: deque[Lane] = deque()
+        self._lanes: list[Lane] = []
         self._refusal: MinServeError | None = None
         self._idle: asyncio.Future[None] | None = None  # for those who wait until no request is left
         self._cut_alarm = Alarm(clock, self._cut)
@@ -181,14 +190,18 @@ class Dispatcher:
         self._retries = retries
         self.wake()
 
-    def retry(self, requests: list[Request], error: MinServeError) -> None:
-        """A worker has failed with these in flight: those that may be tried again wait again, in front, the others fail."""
-        again = [request for request in requests if self._may_retry(request)]
+    def retry(self, requests: list[Request], error: MinServeError, begun: bool) -> None:
+        """A worker has failed with these in flight: those that may be tried again wait again, in front, the others fail.
+
+        Args:
+            begun: a rank had begun with them. If none had, they wait again as if they had never left the queue.
+        """
+        again = [request for request in requests if self._may_wait_again(request, begun)]
         for request in requests:
             if request not in again:
                 request.fail(error)
         for request in reversed(again):
-            request.attempts += 1
+            request.attempts += begun
             request.worker = ""
             self._queue.appendleft(request)
         if again:
@@ -229,7 +242,7 @@ class Dispatcher:
                 if self._clock.time() < due:
                     self._cut_alarm.at(due)
                     return
-            lane = self._next_lane()
+            lane = self._next_lane(full=len(self._queue) >= self._batch_size)
             if lane is None:
                 return
             batch = self._take()
@@ -247,13 +260,21 @@ class Dispatcher:
             for request in batch:
                 request.fail(MinServeError(f'Model "{self._model}": the request could not be sent to the ranks'))
 
-    def _next_lane(self) -> Lane | None:
-        for _ in range(len(self._lanes)):
-            lane = self._lanes[0]
-            self._lanes.rotate(-1)  # in turn, so that no worker of a lightly loaded model stays cold
-            if lane.has_place():
-                return lane
-        return None
+    def _next_lane(self, *, full: bool) -> Lane | None:
+        """The one with the fewest batches before it; among equals in turn, so that none stays cold under a light load."""
+        best: Lane | None = None
+        fewest = 0
+        for lane in self._lanes:
+            if lane.has_place(full=full):
+                under_way = lane.under_way
+                if best is None or under_way < fewest:
+                    best, fewest = lane, under_way
+                if not under_way:
+                    break
+        if best is not None and len(self._lanes) > 1:
+            self._lanes.remove(best)
+            self._lanes.append(best)
+        return best
 
     def _take(self) -> list[Request]:
         """Up to a batch of requests whose clients still wait, all of one operation. One that is tried again travels alone.
@@ -291,10 +312,10 @@ class Dispatcher:
             request.sent = now
         self.meters.left_queue([request.entered for request in batch], due, now)
 
-    def _may_retry(self, request: Request) -> bool:
+    def _may_wait_again(self, request: Request, begun: bool) -> bool:
         if request.reply.done() or request.stream is not None or self._refusal is not None:
             return False
-        return request.attempts < self._retries and request.deadline > self._clock.time()
+        return (not begun or request.attempts < self._retries) and request.deadline > self._clock.time()
 
     def _full(self) -> QueueFull:
         error = QueueFull(

@@ -23,6 +23,7 @@ from minserve.wire.messages import Answers, Batch, Failure, pack, pack_with_body
 from minserve.worker.blame import Cause, culprit
 from minserve.worker.failures import Failures
 from minserve.worker.outstanding import Outstanding
+from minserve.worker.places import Places
 from minserve.worker.replies import answers_of, whole_answers
 from minserve.worker.streams import Streams
 from minserve.worker.time_limits import TimeLimits
@@ -53,7 +54,7 @@ class Broadcast:
         on_free: a place has come free.
         on_broken: the group cannot go on; the cause is the one found among this file's causes. Of a `SILENCE` the rank is a
             guess, and `seq` the batch that does not end.
-        on_lost: the worker has failed with these requests in flight.
+        on_lost: the worker has failed with these requests in flight; whether a rank had begun with them.
         on_event: something that costs no restart but that an operator wants to know: kind, detail, rank, pid.
         meters: of the model version.
 
@@ -73,10 +74,11 @@ class Broadcast:
         steps: Callable[[int, int], int],
         on_free: Callable[[], None],
         on_broken: Callable[[Cause, int], None],
-        on_lost: Callable[[list[Request], MinServeError], None],
+        on_lost: Callable[[list[Request], MinServeError, bool], None],
         on_event: Callable[[EventKind, str, int, int], None],
         meters: ModelMeters | None = None,
     ) -> None:
+        self._clock = clock
         self._meters = unwatched() if meters is None else meters
         self._links = links
         self._limits = limits
@@ -87,7 +89,11 @@ class Broadcast:
         self._on_event = on_event
         self._seq = 0
         self._outstanding: dict[int, Outstanding] = {}
+        self._crowded = False  # a link has no room
+        self._flushing = False  # frames that may wait do so
+        self._ended = False
         self._streams = Streams(links, limits, steps)
+        self._places = Places(clock, limits.in_flight)
         self._time = TimeLimits(clock, links, limits, self._outstanding, self._silent, self._overdue)
         self._failures = Failures(clock, links, limits, who, self._outstanding, on_broken, on_event)
         self.batches_done = 0
@@ -97,17 +103,26 @@ class Broadcast:
 
     # ── to the ranks ──
 
-    def has_place(self) -> bool:
-        """Whether a batch may go now. With a slow link the answer is no, and only this worker waits for it."""
-        if len(self._outstanding) >= self._limits.in_flight or self._failures.causes:
+    def has_place(self, *, full: bool = True) -> bool:
+        """Whether a batch may go now. With a slow link the answer is no, and only this worker waits for it.
+
+        Args:
+            full: it has as many requests as a batch may have.
+        """
+        if self._ended or self._crowded or self._failures.causes:
             return False
-        return all(link.has_room for link in self._links)
+        return self._places.allow(len(self._outstanding), full=full)
+
+    @property
+    def under_way(self) -> int:
+        """How many batches and probes are."""
+        return len(self._outstanding)
 
     def room_changed(self) -> None:
         """A link has come to have no room for another batch, or has room again."""
-        crowded = not all(link.has_room for link in self._links)
-        self._time.crowded(crowded)
-        if not crowded:
+        self._crowded = not all(link.has_room for link in self._links)
+        self._time.crowded(self._crowded)
+        if not self._crowded:
             self._on_free()
 
     def send(self, requests: list[Request]) -> None:
@@ -120,12 +135,13 @@ class Broadcast:
             raise BadRequest(
                 f"the headers and names of a batch's {len(requests)} requests are over {MAX_META_BYTES} bytes"
             )
-        if sum(map(len, pieces)) <= SMALL_BYTES:
+        small = sum(map(len, pieces)) <= SMALL_BYTES
+        if small:
             pieces = [b"".join(pieces)]
         for request in requests:
             request.worker = self._who
         # Only now: a batch that cannot be encoded must not leave a gap in the numbers.
-        batch = self._write(pieces, requests)
+        batch = self._write(pieces, requests, later=small and bool(self._outstanding))
         self.first_seq = self.first_seq or self._seq
         batch.began, batch.written = began, self._meters.now()
         self._meters.batch_sent(len(requests), began, batch.written)
@@ -140,14 +156,29 @@ class Broadcast:
         """
         self._write([pack(Kind.BATCH, Batch(()), self._seq + 1, PROBE)], []).on_passed = on_passed
 
-    def _write(self, pieces: Sequence[Buffer], requests: list[Request]) -> Outstanding:
+    def _write(self, pieces: Sequence[Buffer], requests: list[Request], *, later: bool = False) -> Outstanding:
+        """Gives a batch its number and writes it to all links.
+
+        Args:
+            later: the ranks are at work, so it may wait for others that are sent in the same turn of the loop.
+        """
         self._seq += 1
         for link in self._links:  # no await here, ever: this loop is what makes the order common to all ranks
-            link.write(pieces)
+            link.write(pieces, later=later)
+        if later and not self._flushing:
+            self._flushing = True
+            self._clock.call_soon(self._flush)
         batch = Outstanding(self._seq, requests, granted=self._limits.stream_ahead)
         self._time.begin(batch)
+        if not self._outstanding:
+            self._places.began()
         self._outstanding[self._seq] = batch
         return batch
+
+    def _flush(self) -> None:
+        self._flushing = False
+        for link in self._links:
+            link.flush()
 
     @property
     def causes(self) -> list[Cause]:
@@ -164,18 +195,33 @@ class Broadcast:
         """Whether a batch is under way that somebody has asked for."""
         return any(batch.requests for batch in self._outstanding.values())
 
-    def fail_all(self, error: MinServeError) -> None:
-        """Hands back every request in flight; the group is gone."""
+    def fail_all(self, error: MinServeError, begun: int) -> None:
+        """The group is gone: hands back the requests of the batches that its ranks had begun.
+
+        Args:
+            begun: seq of the last batch that a rank has taken up. The oldest counts as begun in any case: its very bytes may
+                be what no rank survives.
+        """
+        if self._outstanding and not self._ended:
+            begun = max(begun, next(iter(self._outstanding)))
+        self._ended = True
         self._time.stop()
         self._failures.stop()
-        outstanding = list(self._outstanding.values())
-        self._outstanding.clear()
-        if self.recorder is not None:
-            for batch in outstanding:
+        self._lose([batch for batch in self._outstanding.values() if batch.seq <= begun], error, begun=True)
+
+    def fail_rest(self, error: MinServeError, begun: int) -> None:
+        """The ranks' processes are gone, too: what none of them has begun by now, none ever will."""
+        self.fail_all(error, begun)
+        self._lose(list(self._outstanding.values()), error, begun=False)
+
+    def _lose(self, batches: list[Outstanding], error: MinServeError, *, begun: bool) -> None:
+        for batch in batches:
+            del self._outstanding[batch.seq]
+            if self.recorder is not None:
                 self.recorder.ended(batch.seq, str(error))
-        requests = [request for batch in outstanding for request in batch.requests]
+        requests = [request for batch in batches for request in batch.requests]
         if requests:
-            self._on_lost(requests, error)
+            self._on_lost(requests, error, begun)
 
     def look(self) -> None:
         """Twice a second: finds clients that left before the first chunk, and ranks that were not ready for a cancel."""
@@ -198,6 +244,8 @@ class Broadcast:
         Raises:
             WireError: the frame is not about a batch under way, or this rank may not send it.
         """
+        if self._ended:
+            return
         batch = self._outstanding.get(frame.seq)
         if batch is None:
             if 0 < frame.seq <= self._seq:
@@ -233,7 +281,7 @@ class Broadcast:
         if batch.requests:
             overhead = batch.written - batch.began + meters.now() - replied
             meters.batch_answered(len(batch.requests), batch.written, replied, overhead)
-            meters.handled(batch.seconds, [request.meta.id for request in batch.requests])
+            meters.handled(batch.seconds or 0.0, [request.meta.id for request in batch.requests])
         self._finish(batch)
 
     def _chunk(self, batch: Outstanding, frame: Frame) -> None:
@@ -280,6 +328,7 @@ class Broadcast:
             batch.on_passed()
         self.replied = max(self.replied, batch.seq)
         self.batches_done += bool(batch.requests)
+        self._places.finished(batch.seconds if batch.requests else None)
         self._time.finished(batch)
         self._on_free()
 

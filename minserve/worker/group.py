@@ -54,8 +54,7 @@ class RankGroup:
         slot: number of the worker within its model version; fixes its endpoints.
         directory: the model version's runtime directory.
         on_free: a place has come free, or a link has room again.
-        on_lost: the group has failed with these requests in flight.
-        on_event, meters: see `Broadcast`.
+        on_lost, on_event, meters: see `Broadcast`.
 
     Attributes:
         failed: done when the group has failed, with the error that requests get.
@@ -71,7 +70,7 @@ class RankGroup:
         devices: Devices,
         environ: Mapping[str, str],
         on_free: Callable[[], None],
-        on_lost: Callable[[list[Request], MinServeError], None],
+        on_lost: Callable[[list[Request], MinServeError, bool], None],
         on_event: Callable[[EventKind, str, int, int], None],
         meters: ModelMeters | None = None,
     ) -> None:
@@ -196,9 +195,14 @@ class RankGroup:
 
     # ── serve: what the dispatcher sees ──
 
-    def has_place(self) -> bool:
-        """Whether a batch may be sent now."""
-        return self._broadcast is not None and not self._inquest.pending and self._broadcast.has_place()
+    def has_place(self, *, full: bool = True) -> bool:
+        """Whether a batch may be sent now, one that is full or one that is not."""
+        return self._broadcast is not None and not self._inquest.pending and self._broadcast.has_place(full=full)
+
+    @property
+    def under_way(self) -> int:
+        """How many batches are."""
+        return self._broadcast.under_way if self._broadcast is not None else 0
 
     def send(self, requests: list[Request]) -> None:
         """Sends a batch to all ranks."""
@@ -275,9 +279,12 @@ class RankGroup:
         self._inquest.close()
         if self._watchdog is not None:
             self._watchdog.stop()
+        stopped = WorkerFailed(f"{self._who}: the worker was stopped")
         if self._broadcast is not None:
-            self._broadcast.fail_all(WorkerFailed(f"{self._who}: the worker was stopped"))
+            self._broadcast.fail_all(stopped, self._begun())
         await self._members.kill()
+        if self._broadcast is not None:
+            self._broadcast.fail_rest(self.failed.result() if self.failed.done() else stopped, self._begun())
         for link in self._links:
             link.close()
         for arrival in self._arrivals:
@@ -285,6 +292,10 @@ class RankGroup:
         self._site.close()
 
     # ── what the sockets, the board and the kernel tell ──
+
+    def _begun(self) -> int:
+        board = self._site.board
+        return max((board.read(link.rank).received for link in self._links), default=0) if board is not None else 0
 
     def _steps(self, rank: int, seq: int) -> int:
         return self._site.board.read(rank).step_of(seq) if self._site.board is not None else 0
@@ -328,4 +339,4 @@ class RankGroup:
         self.cause = cause
         self.failed.set_result(error)
         if self._broadcast is not None:
-            self._broadcast.fail_all(error)
+            self._broadcast.fail_all(error, self._begun())

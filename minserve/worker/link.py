@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 # Unsent bytes up to which a link takes another batch. About one scratch buffer of a rank: enough that it never waits for
 # the server, little enough that a slow rank is felt after a batch or two.
 ROOM_BYTES = 256 * 1024
+LATER_PIECES = 16  # of small frames: what waits for a flush must not pass the mark unseen
 MAX_REPLY_BYTES = 2**31  # a sanity bound on what a rank's frame may claim, not a limit for handlers
 
 
@@ -47,12 +48,30 @@ class Link(asyncio.BufferedProtocol):
         self._on_room = on_room
         self._on_lost = on_lost
         self._transport: asyncio.Transport | None = None
+        self._later: list[Buffer] = []
 
-    def write(self, pieces: Sequence[Buffer]) -> None:
-        """Queues a frame. The pieces must not change before the socket has taken them."""
+    def write(self, pieces: Sequence[Buffer], *, later: bool = False) -> None:
+        """Queues a frame. The pieces must not change before the socket has taken them.
+
+        Args:
+            later: it goes with the frame that is written next, or with `flush`: one system call, and one wake-up of the
+                rank. Frames stay in order whichever way they go.
+        """
         assert self._transport is not None
-        if not self.closed:
-            self._transport.writelines(pieces)
+        if self.closed:
+            return
+        if later and len(self._later) < LATER_PIECES:
+            self._later += pieces
+            return
+        if self._later:
+            pieces = [*self._later, *pieces]
+            self._later.clear()
+        self._transport.writelines(pieces)
+
+    def flush(self) -> None:
+        """Queues what was kept for later."""
+        if self._later:
+            self.write(())
 
     def close(self) -> None:
         """Ends the connection without waiting for what is unsent. `on_lost` is not called for it."""

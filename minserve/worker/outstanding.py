@@ -20,8 +20,11 @@ class RankLink(Protocol):
     pid: int
     has_room: bool
 
-    def write(self, pieces: Sequence[Buffer]) -> None:
-        """Queues a frame."""
+    def write(self, pieces: Sequence[Buffer], *, later: bool = False) -> None:
+        """Queues a frame; one for `later` goes with what is written next, or with `flush`."""
+
+    def flush(self) -> None:
+        """Queues what was kept for later."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,6 +32,7 @@ class Limits:
     """How many batches may be under way, how long each may take, and how far a stream may be ahead. Times are seconds.
 
     Attributes:
+        in_flight: None: as many as pay, see `Places`.
         stall_timeout: 0 is never.
         stream_ahead: steps.
         stream_buffer: bytes that may wait for one client.
@@ -36,7 +40,7 @@ class Limits:
             waits for any more is cancelled by itself.
     """
 
-    in_flight: int
+    in_flight: int | None
     response_timeout: float
     first_batch_timeout: float
     error_grace: float
@@ -61,7 +65,7 @@ class Outstanding:
         on_passed: called when every rank is through a probe.
         held: rank 0's reply, while other ranks' DONE is waited for.
         began, written: on the meters' clock, when its sending began and when it was in every rank's socket or behind it.
-        seconds: that rank 0 was in `handle`.
+        seconds: that rank 0 was in `handle`, once it has answered.
     """
 
     seq: int
@@ -80,7 +84,7 @@ class Outstanding:
     done: set[int] = field(default_factory=set)
     began: float = 0.0
     written: float = 0.0
-    seconds: float = 0.0
+    seconds: float | None = None
 
     @property
     def waits_for_grant(self) -> bool:

@@ -70,7 +70,7 @@ class ModelSpec:
         options = self.config.minserve
         first = options.first_batch_timeout
         return Limits(
-            in_flight=options.in_flight or (self.queue_limit if self.asynchronous else 1),
+            in_flight=options.in_flight or (self.queue_limit if self.asynchronous else None),
             response_timeout=self.response_timeout,
             first_batch_timeout=5 * self.response_timeout if first is None else first,
             error_grace=options.error_grace,

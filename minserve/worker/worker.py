@@ -204,9 +204,14 @@ class Worker:
 
     # ── a lane of the dispatcher ──
 
-    def has_place(self) -> bool:
-        """Whether a batch may be sent now."""
-        return self._state is State.READY and self._group is not None and self._group.has_place()
+    def has_place(self, *, full: bool = True) -> bool:
+        """Whether a batch may be sent now, one that is full or one that is not."""
+        return self._state is State.READY and self._group is not None and self._group.has_place(full=full)
+
+    @property
+    def under_way(self) -> int:
+        """How many batches are."""
+        return self._group.under_way if self._group is not None else 0
 
     def send(self, requests: list[Request]) -> None:
         """Sends a batch to all ranks."""

@@ -145,14 +145,14 @@ class LyingGroup:
 
     def end(self) -> None:
         """The worker fails: every request that is not answered by then is, and none twice."""
-        self.broadcast.fail_all(MinServeError("the worker has failed"))
+        self.broadcast.fail_rest(MinServeError("the worker has failed"), begun=1)
         for requests in self.batches.values():
             for request in requests:
                 assert request.reply.done(), f"{request.meta.id} was never answered"
                 request.reply.exception()  # asked for, so that nothing is said about it later
 
 
-def _fail(requests: list[Request], error: MinServeError) -> None:
+def _fail(requests: list[Request], error: MinServeError, begun: bool) -> None:
     for request in requests:
         request.fail(error)
 

@@ -17,26 +17,31 @@ class FakeLane:
     def __init__(self, rig: Rig, places: int = 1) -> None:
         self.rig = rig
         self.places = places
-        self.under_way: list[list[Request]] = []
+        self.only_full = False  # a batch that is not full goes ahead of no other
+        self.batches: list[list[Request]] = []
         self.sent: list[list[str]] = []
 
-    def has_place(self) -> bool:
-        return len(self.under_way) < self.places
+    @property
+    def under_way(self) -> int:
+        return len(self.batches)
+
+    def has_place(self, *, full: bool) -> bool:
+        return len(self.batches) < (1 if self.only_full and not full else self.places)
 
     def send(self, requests: list[Request]) -> None:
-        assert self.has_place(), "sent to a lane without a place"
+        assert self.has_place(full=len(requests) == self.rig.batch_size), "sent to a lane without a place"
         now = self.rig.clock.time()
         assert all(not request.reply.done() and request.deadline > now for request in requests), "sent for nobody"
-        self.under_way.append(requests)
+        self.batches.append(requests)
         self.sent.append([request.meta.id for request in requests])
         self.rig.sent += self.sent[-1]
 
-    def fail(self, error: MinServeError) -> None:
+    def fail(self, error: MinServeError, begun: bool = True) -> None:
         """The worker dies with its oldest batch in flight."""
-        self.rig.dispatcher.retry(self.under_way.pop(0), error)
+        self.rig.dispatcher.retry(self.batches.pop(0), error, begun)
 
     def free(self) -> None:
-        for request in self.under_way.pop(0):
+        for request in self.batches.pop(0):
             request.answer(Answer(0, 0), request.meta.id.encode())
         self.rig.dispatcher.wake()
 
@@ -53,6 +58,7 @@ class Rig:
         retries: int = 0,
     ) -> None:
         self.clock = FakeClock()
+        self.batch_size = batch_size
         self.dispatcher = Dispatcher(self.clock, "m", batch_size, max_delay, queue_limit, retries)
         self.sent: list[str] = []  # ids in the order in which they left the queue, over all lanes
         self.lanes = [FakeLane(self) for _ in range(lanes)]

@@ -124,10 +124,41 @@ async def test_with_retries_each_goes_again_alone_and_before_those_that_wait() -
     rig.lane.fail(DIED)
     for _ in range(4):
         await rig.advance()
-        if rig.lane.under_way:
+        if rig.lane.batches:
             rig.lane.free()
     assert rig.lane.sent == [["a", "b"], ["a"], ["b"], ["c", "d"]]
     assert await bodies(tasks) == "abcd"
+
+
+@pytest.mark.asyncio
+async def test_what_no_rank_had_begun_waits_again_as_if_it_had_never_been_sent() -> None:
+    rig = Rig(batch_size=2)
+    rig.lane.places = 2
+    tasks = await rig.submit("abcd")
+    await rig.advance()
+    tasks += await rig.submit("e")
+    rig.lane.fail(DIED)
+    rig.lane.fail(DIED, begun=False)
+    await rig.advance()
+    rig.lane.free()
+    await rig.advance()
+    rig.lane.free()
+    assert rig.lane.sent == [["a", "b"], ["c", "d"], ["c", "d"], ["e"]]
+    assert await bodies(tasks[2:]) == "cde"
+    for task in tasks[:2]:
+        with pytest.raises(WorkerFailed):
+            await task
+
+
+@pytest.mark.asyncio
+async def test_what_no_rank_had_begun_is_answered_where_nobody_will_take_it() -> None:
+    rig = Rig(retries=5)
+    (task,) = await rig.submit("a")
+    await rig.advance()
+    rig.dispatcher.refuse(ModelUnhealthy("no"))
+    rig.lane.fail(DIED, begun=False)
+    with pytest.raises(WorkerFailed, match="rank 1"):
+        await task
 
 
 @pytest.mark.asyncio
@@ -148,7 +179,7 @@ async def test_what_is_past_its_deadline_or_has_no_client_or_streams_is_not_sent
     rig = Rig(batch_size=4, retries=5)
     late, left, streams, good = await rig.submit("absg")
     await rig.advance()
-    (batch,) = rig.lane.under_way
+    (batch,) = rig.lane.batches
     left.cancel()
     await settle()
     batch[2].chunk(Answer(0, 1), b"1", 100, lambda: None)
@@ -280,9 +311,40 @@ async def test_lanes_take_turns() -> None:
         await rig.submit(name)
         await rig.advance()
         for lane in rig.lanes:
-            if lane.under_way:
+            if lane.batches:
                 lane.free()
     assert [lane.sent for lane in rig.lanes] == [[["a"], ["d"]], [["b"], ["e"]], [["c"], ["f"]]]
+
+
+@pytest.mark.asyncio
+async def test_the_lane_with_the_fewest_batches_before_it_is_next() -> None:
+    rig = Rig(lanes=2)
+    for lane in rig.lanes:
+        lane.places = 3
+    for name in "abcd":
+        await rig.submit(name)
+        await rig.advance()
+    rig.lanes[1].free()
+    rig.lanes[1].free()
+    for name in "ef":
+        await rig.submit(name)
+        await rig.advance()
+    assert [lane.sent for lane in rig.lanes] == [[["a"], ["c"]], [["b"], ["d"], ["e"], ["f"]]]
+
+
+@pytest.mark.asyncio
+async def test_a_batch_that_is_not_full_waits_for_an_idle_lane_where_lanes_say_so() -> None:
+    rig = Rig(batch_size=2)
+    rig.lane.places, rig.lane.only_full = 3, True
+    await rig.submit("abcde")
+    await rig.advance()
+    assert rig.lane.sent == [["a", "b"], ["c", "d"]]
+    rig.lane.free()
+    await rig.advance()
+    assert len(rig.lane.sent) == 2
+    await rig.submit("f")
+    await rig.advance()
+    assert rig.lane.sent[2:] == [["e", "f"]]
 
 
 @pytest.mark.asyncio
@@ -388,7 +450,7 @@ async def test_a_stream_that_has_begun_has_no_deadline() -> None:
     rig = Rig()
     (a,) = await rig.submit("a", timeout=5)
     await rig.advance()
-    (request,) = rig.lane.under_way[0]
+    (request,) = rig.lane.batches[0]
     request.chunk(Answer(0, 1), b"1", 100, lambda: None)
     await rig.advance(100)
     stream = (await a).stream
@@ -453,7 +515,7 @@ async def test_a_client_that_leaves_in_the_tick_of_the_first_chunk_mutes_the_str
     rig = Rig()
     (a,) = await rig.submit("a")
     await rig.advance()
-    (request,) = rig.lane.under_way[0]
+    (request,) = rig.lane.batches[0]
     for event in (first, "cancel" if first == "chunk" else "chunk"):
         if event == "chunk":
             request.chunk(Answer(0, 1), b"1", 100, lambda: None)
@@ -504,7 +566,9 @@ async def test_what_is_refused_is_not_begun() -> None:
 
 
 class BrokenLane:
-    def has_place(self) -> bool:
+    under_way = 0
+
+    def has_place(self, *, full: bool) -> bool:
         return True
 
     def send(self, requests: list[Request]) -> None:
@@ -548,7 +612,7 @@ async def test_a_late_request_is_told_whether_it_waited_or_was_worked_on() -> No
     rig = Rig()
     (a,) = await rig.submit("a", timeout=1)
     await rig.advance()
-    rig.lane.under_way[0][0].worker = "m/0"
+    rig.lane.batches[0][0].worker = "m/0"
     (b,) = await rig.submit("b", timeout=1)
     await rig.advance(2)
     for task, where in ((a, "m/0 is still at work on it"), (b, "it was still in the queue")):
@@ -610,7 +674,7 @@ class Traffic(RuleBasedStateMachine):
 
     @rule(data=st.data())
     def free(self, data: st.DataObject) -> None:
-        if busy := [lane for lane in self.lanes + self.gone if lane.under_way]:
+        if busy := [lane for lane in self.lanes + self.gone if lane.batches]:
             data.draw(st.sampled_from(busy)).free()
             self.run(settle())
 
@@ -648,7 +712,7 @@ class Traffic(RuleBasedStateMachine):
     def nothing_waits_that_could_go(self) -> None:
         self.rig.clock.advance()
         self.run(settle())
-        if any(lane.has_place() for lane in self.lanes) and (queue := self.dispatcher._queue):
+        if any(lane.has_place(full=True) for lane in self.lanes) and (queue := self.dispatcher._queue):
             assert len(queue) < self.BATCH
             assert self.rig.clock.time() < queue[0].arrived + self.DELAY
 
@@ -657,7 +721,7 @@ class Traffic(RuleBasedStateMachine):
             self.attach(2)
             for _ in range(len(self.tasks) + 1):
                 for lane in self.lanes + self.gone:
-                    while lane.under_way:
+                    while lane.batches:
                         lane.free()
                 self.run(self.rig.advance(self.DELAY))
             for index, task in enumerate(self.tasks):

@@ -100,11 +100,13 @@ class FakeSupervisor:
 class Lane:
     """A worker that hands each request to the test."""
 
+    under_way = 0
+
     def __init__(self) -> None:
         self.requests: list[Request] = []
         self.handle: Callable[[Request], object] = echo
 
-    def has_place(self) -> bool:
+    def has_place(self, *, full: bool) -> bool:
         return True
 
     def send(self, requests: list[Request]) -> None:

@@ -21,11 +21,12 @@ class Group:
     """A broadcast over in-memory links, and the frames that its ranks would send."""
 
     def __init__(
-        self, ranks: int = 2, in_flight: int = 1, *, reply_after_all: bool = False, any_order: bool = False
+        self, ranks: int = 2, in_flight: int | None = 1, *, reply_after_all: bool = False, any_order: bool = False
     ) -> None:
         self.clock = FakeClock()
         self.links = [MemoryLink(rank) for rank in range(ranks)]
         self.free = 0
+        self.lost: list[tuple[bool, list[bytes]]] = []  # whether a rank had begun, and the bodies
         self._stream = self._step = 0
         self.broken: list[Cause] = []
         self.doubtful: list[int] = []  # the batch that each of them is about
@@ -49,7 +50,8 @@ class Group:
         self.broken.append(cause)
         self.doubtful.append(seq)
 
-    def _lose(self, requests: list[Request], error: MinServeError) -> None:
+    def _lose(self, requests: list[Request], error: MinServeError, begun: bool) -> None:
+        self.lost.append((begun, [bytes(request.bodies[0]) for request in requests]))
         for request in requests:
             request.fail(error)
 
@@ -66,8 +68,8 @@ class Group:
     def receive(self, rank: int, frame: Frame) -> None:
         self.broadcast.received(self.links[rank], frame)
 
-    def reply(self, seq: int, *bodies: bytes, rank: int = 0, kind: Kind = Kind.REPLY) -> None:
-        answers = Answers(tuple(Answer(index, len(body)) for index, body in enumerate(bodies)))
+    def reply(self, seq: int, *bodies: bytes, rank: int = 0, kind: Kind = Kind.REPLY, seconds: float = 0.0) -> None:
+        answers = Answers(tuple(Answer(index, len(body)) for index, body in enumerate(bodies)), seconds=seconds)
         self.receive(rank, frame_of(pack_with_body(kind, answers, bodies, seq)))
 
     def chunk(self, seq: int, *chunks: tuple[int, bytes], step: int = 0) -> None:

@@ -91,7 +91,11 @@ class FakeGroup:
         if outcome is not None:
             raise outcome
 
-    def has_place(self) -> bool:
+    @property
+    def under_way(self) -> int:
+        return len(self.batches)
+
+    def has_place(self, *, full: bool = True) -> bool:
         return not self.busy and not self.failed.done()
 
     def send(self, requests: list[Request]) -> None:

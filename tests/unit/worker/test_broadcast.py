@@ -31,8 +31,10 @@ async def test_a_link_without_room_holds_back_the_batch_from_all_ranks(slow: int
     group = Group(ranks=3)
     assert group.broadcast.has_place()
     group.links[slow].has_room = False
+    group.broadcast.room_changed()
     assert not group.broadcast.has_place()
     group.links[slow].has_room = True
+    group.broadcast.room_changed()
     assert group.broadcast.has_place()
 
 
@@ -417,11 +419,49 @@ async def test_the_end_of_the_group_answers_everything_in_flight_and_stops_the_c
     clients = [*group.send(b"a", b"b"), *group.send(b"c")]
     group.error(1, 1, failure())
     gone = WorkerFailed("rank 1 died")
-    group.broadcast.fail_all(gone)
+    group.broadcast.fail_all(gone, begun=2)
     assert [error_of(client) for client in clients] == [gone] * 3
     group.clock.advance(10 * FIRST)
     assert group.broken == []
     assert not group.broadcast.busy
+
+
+async def test_what_no_rank_had_begun_goes_back_once_the_ranks_are_gone() -> None:
+    group = Group(in_flight=4)
+    for name in (b"a", b"b", b"c", b"d"):
+        group.send(name)
+    group.broadcast.fail_all(WorkerFailed("rank 1 died"), begun=2)
+    assert group.lost == [(True, [b"a", b"b"])]
+    assert not group.broadcast.has_place()
+    group.reply(3, b"C")  # rank 0 lives on until it is killed: whoever is still to be answered is not answered twice
+    group.broadcast.fail_rest(WorkerFailed("rank 1 died"), begun=3)
+    assert group.lost[1:] == [(True, [b"c"]), (False, [b"d"])]
+    group.broadcast.fail_rest(WorkerFailed("it was stopped"), begun=3)
+    assert len(group.lost) == 3
+
+
+async def test_the_oldest_batch_counts_as_begun_for_it_may_be_what_the_ranks_died_of() -> None:
+    group = Group(in_flight=2)
+    group.send(b"a")
+    group.send(b"b")
+    group.broadcast.fail_rest(WorkerFailed("rank 1 died"), begun=0)
+    assert group.lost == [(True, [b"a"]), (False, [b"b"])]
+
+
+async def test_short_batches_are_sent_ahead_and_leave_with_those_of_the_same_turn() -> None:
+    group = Group(in_flight=None)
+    group.send(b"a")
+    assert not group.broadcast.has_place(), "how long a batch takes is not known yet"
+    group.reply(1, b"", seconds=1e-5)
+    sent = 0
+    while group.broadcast.has_place(full=sent < 5):
+        group.send(b"")
+        sent += 1
+    assert sent == 5, "a batch that is not full goes ahead of none"
+    assert [link.waited for link in group.links] == [4, 4], "the first leaves at once: its ranks are idle"
+    assert [link.flushes for link in group.links] == [0, 0]
+    group.clock.advance()
+    assert [link.flushes for link in group.links] == [1, 1]
 
 
 # ── time ──
@@ -510,7 +550,7 @@ async def test_a_stream_whose_worker_ends_breaks_off_after_what_has_come() -> No
     group = Group()
     (client,) = group.send(b"a")
     group.chunk(1, (0, b"x"))
-    group.broadcast.fail_all(WorkerFailed("rank 1 died"))
+    group.broadcast.fail_all(WorkerFailed("rank 1 died"), begun=1)
     stream = client.reply.result().stream
     assert stream is not None
     assert await stream.next() == b"x"

@@ -25,7 +25,7 @@ from minserve.errors import (
     WorkerOutOfMemory,
 )
 from minserve.telemetry.events import EventKind
-from minserve.wire.board import STACK_SIGNAL
+from minserve.wire.board import STACK_SIGNAL, Slot
 from minserve.wire.frames import FROM_SERVER, Frame, FrameReader, Kind
 from minserve.wire.messages import (
     Answer,
@@ -77,6 +77,11 @@ class FakeRank:
         await asyncio.get_running_loop().sock_connect(self.socket, path)
         hello = Hello(self.rank, self.rank, world_size, self.pid, launch["MINSERVE_WORKER"], launch["MINSERVE_SECRET"])
         await self.send(pack(Kind.HELLO, hello))
+        self._slot = Slot(Path(launch["MINSERVE_DIRECTORY"]) / "board", self.rank)
+
+    def begin(self, seq: int) -> None:
+        """Shows that it has taken up a batch."""
+        self._slot.received(seq)
 
     async def send(self, data: bytes) -> None:
         assert self.socket is not None
@@ -106,6 +111,7 @@ class Setup:
         self.launch: dict[str, str] = {}
         self.agent: tuple[str, ...] = LIVES
         self.freed = 0
+        self.unbegun: list[Request] = []
         self.events: list[EventKind] = []
         self._plan = launcher.plan
         monkeypatch.setattr(launcher, "plan", self._planned)
@@ -130,7 +136,10 @@ class Setup:
     def _free(self) -> None:
         self.freed += 1
 
-    def _lose(self, requests: list[Request], error: MinServeError) -> None:
+    def _lose(self, requests: list[Request], error: MinServeError, begun: bool) -> None:
+        if not begun:
+            self.unbegun += requests
+            return
         for request in requests:
             request.fail(error)
 
@@ -161,13 +170,16 @@ class Setup:
         await load
         return group
 
-    async def submit(self, group: RankGroup) -> Request:
+    async def submit(self, group: RankGroup, *, begin: bool = True) -> Request:
+        """Sends a batch of one request; every rank begins with it, or it stays in their sockets."""
         body = b"question"
         meta = RequestMeta("id", (), (Part("body", "", len(body)),))
         request = Request(meta, [body], math.inf, asyncio.get_running_loop().create_future())
         group.send([request])
-        for rank in self.ranks:
-            assert bytes((await rank.receive(Kind.BATCH)).body) == body
+        for rank in self.ranks if begin else ():
+            frame = await rank.receive(Kind.BATCH)
+            assert bytes(frame.body) == body
+            rank.begin(frame.seq)
         return request
 
 
@@ -524,6 +536,24 @@ async def test_a_kill_answers_what_is_in_flight_and_leaves_no_process(setup: Set
     assert "the worker was stopped" in str(request.reply.exception())
     assert [process.wait(10) for process in setup.processes] == [-signal.SIGKILL] * 2
     assert not Path(f"/proc/{group.agent_pid}").exists()
+
+
+@pytest.mark.parametrize("dies", [True, False])
+async def test_batches_that_no_rank_had_begun_go_back_when_no_rank_can_begin_them_any_more(
+    setup: Setup, dies: bool
+) -> None:
+    group = await setup.serving(in_flight=3)
+    one, two, three = [await setup.submit(group, begin=number == 0) for number in range(3)]
+    if dies:
+        setup.processes[1].kill()
+        await error_of(group)
+        assert isinstance(one.reply.exception(), WorkerFailed)
+        assert setup.unbegun == []
+    setup.ranks[0].begin(2)  # a rank lives, and takes up the next one before it is killed
+    await group.kill()
+    assert one.reply.done()
+    assert two.reply.done()
+    assert setup.unbegun == [three]
 
 
 async def test_what_a_rank_prints_last_goes_with_the_error(setup: Setup) -> None:

@@ -5,7 +5,7 @@ import pytest
 from minserve.errors import WireError
 from minserve.wire.frames import Frame, Kind, encode
 from minserve.wire.messages import Hello
-from minserve.worker.link import Link
+from minserve.worker.link import LATER_PIECES, Link
 
 HELLO = Hello(1, 1, 2, 4711, "m-0", "secret")
 
@@ -15,12 +15,14 @@ class MockTransport:
 
     def __init__(self) -> None:
         self.written: list[bytes] = []
+        self.writes: list[list[bytes]] = []  # the same, call by call
         self.taken = 0  # bytes that the socket has taken
         self.aborted = False
         self.limits: tuple[int, int] | None = None
 
     def writelines(self, pieces: Iterable[bytes]) -> None:
-        self.written += pieces
+        self.writes.append([*pieces])
+        self.written += self.writes[-1]
 
     def get_write_buffer_size(self) -> int:
         return sum(map(len, self.written)) - self.taken
@@ -73,6 +75,35 @@ def test_a_frame_is_written_in_pieces_that_are_not_joined() -> None:
     pieces: list[bytes | bytearray] = [b"header", b"body", bytearray(b"another")]
     setup.link.write(pieces)
     assert all(written is piece for written, piece in zip(setup.transport.written, pieces, strict=True))
+
+
+def test_frames_for_later_go_with_the_next_or_with_a_flush_and_in_order() -> None:
+    setup = Setup()
+    setup.link.write([b"1"])
+    setup.link.write([b"2"], later=True)
+    setup.link.write([b"3"], later=True)
+    assert setup.transport.writes == [[b"1"]]
+    setup.link.write([b"4", b"5"])
+    setup.link.flush()
+    assert setup.transport.writes == [[b"1"], [b"2", b"3", b"4", b"5"]]
+    setup.link.write([b"6"], later=True)
+    setup.link.flush()
+    assert setup.transport.writes[2:] == [[b"6"]]
+
+
+def test_no_more_than_a_few_frames_wait() -> None:
+    setup = Setup()
+    for _ in range(LATER_PIECES + 1):
+        setup.link.write([b"x"], later=True)
+    assert setup.transport.writes == [[b"x"] * (LATER_PIECES + 1)]
+
+
+def test_a_link_that_is_closed_drops_what_was_to_go_later() -> None:
+    setup = Setup()
+    setup.link.write([b"x"], later=True)
+    setup.link.close()
+    setup.link.flush()
+    assert setup.transport.writes == []
 
 
 def test_there_is_room_while_the_unsent_bytes_are_under_the_mark() -> None:
