@@ -137,8 +137,11 @@ class MinServeConfig(_Keys):
     accept_timeout: Timeout = 30.0
     """Seconds from the start of a worker until all its ranks have connected. Default 30."""
     in_flight: Count | None = None
-    """Batches that a worker may have under way at once. Default 1: the next one leaves with the answer to the last;
-    with asyncCommunication jobQueueSize."""
+    """Batches that a worker may have under way at once. Default: one where a batch takes 10 ms or more, up to 16 full ones
+    where it takes less; with asyncCommunication jobQueueSize."""
+    batching: Literal["adaptive", "window"] = "adaptive"
+    """How long a batch that is not full waits for more requests while the worker is free: adaptive: while that pays, at most
+    maxBatchDelay; window: always maxBatchDelay, as TorchServe does. Default adaptive."""
     socket_type: Literal["unix", "tcp"] = "unix"
     """Sockets between the server and the ranks. Default unix."""
     port: Port | None = None
@@ -198,7 +201,8 @@ class ModelConfig(_Keys):
     batch_size: Count = 1
     """Most requests in a batch. Default 1."""
     max_batch_delay: Whole = 100
-    """Milliseconds that the oldest request waits for a batch to fill. Default 100. 0 means 0, unlike TorchServe's."""
+    """Most milliseconds that a request waits for a batch to fill, see `batching`. Default 100. 0 means 0, unlike
+    TorchServe's."""
     response_timeout: Timeout | None = None
     """Seconds that the ranks have for a batch, or for the next chunk of a stream. Default: the server's, 120."""
     startup_timeout: Timeout | None = None

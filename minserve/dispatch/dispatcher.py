@@ -1,7 +1,8 @@
 """The queue of one model version, and when a batch is cut from it.
 
 Batches are cut late. A request stays in the queue, where its deadline and its client's leaving can still take it out, until
-a worker has a free place. Then a batch is cut at once if `batch_size` requests wait or the oldest has waited `max_delay`.
+a worker has a free place. Then a batch is cut at once if `batch_size` requests wait; one with fewer may wait for company:
+see `patience`.
 """
 
 from __future__ import annotations
@@ -10,40 +11,24 @@ import asyncio
 import logging
 import math
 from collections import deque
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING
 
 from minserve.dispatch.clock import Alarm
+from minserve.dispatch.lanes import Lanes
+from minserve.dispatch.patience import Patience
 from minserve.dispatch.rate import Rate
 from minserve.errors import DeadlineExceeded, MinServeError, QueueFull, no_workers
 from minserve.telemetry.meters import unwatched
 
 if TYPE_CHECKING:
     from minserve.dispatch.clock import Clock
+    from minserve.dispatch.lanes import Lane
     from minserve.dispatch.request import Reply, Request
     from minserve.telemetry.meters import ModelMeters
 
 logger = logging.getLogger(__name__)
 
 DESCRIBE = "describe"  # the operation of a request that asks about the model, and is counted nowhere
-
-
-class Lane(Protocol):
-    """What a worker is to the dispatcher: somewhere a batch can go."""
-
-    @property
-    def under_way(self) -> int:
-        """How many batches it works on, or has before it."""
-
-    def has_place(self, *, full: bool) -> bool:
-        """Whether a batch may be sent now: there is a place, and every rank's link has room.
-
-        Args:
-            full: it has as many requests as a batch may have. One that is not goes ahead of no other
-                unless `inFlight` says so.
-        """
-
-    def send(self, requests: list[Request]) -> None:
-        """Sends a batch to all ranks. From here on the lane answers these requests, whatever happens."""
 
 
 class Dispatcher:
@@ -53,6 +38,7 @@ class Dispatcher:
         model: name for messages.
         batch_size: most requests in a batch.
         max_delay: seconds the oldest request may wait for company; 0 means none waits.
+        adaptive: it waits only while that pays, see `Patience`.
         queue_limit: most requests that wait; those being worked on do not count.
         retries: how often a request is sent again whose worker failed with it in flight.
 
@@ -69,18 +55,22 @@ class Dispatcher:
         queue_limit: int,
         retries: int = 0,
         meters: ModelMeters | None = None,
+        *,
+        adaptive: bool = True,
     ) -> None:
         self._clock = clock
         self.meters = unwatched() if meters is None else meters
         self._model = model
         self._batch_size = batch_size
-        self._max_delay = max_delay
+        self._patience = Patience(max_delay, adaptive=adaptive)
+        self._adaptive = adaptive
+        self._waits = False  # a place is free, and a batch waits for company
         self._queue_limit = queue_limit
         self._retries = retries
         self._rate = Rate(clock)
         self._queue: deque[Request] = deque()
         self._live: set[Request] = set()  # queued and in flight
-        self._lanes: list[Lane] = []
+        self._lanes = Lanes()
         self._refusal: MinServeError | None = None
         self._idle: asyncio.Future[None] | None = None  # for those who wait until no request is left
         self._cut_alarm = Alarm(clock, self._cut)
@@ -123,6 +113,8 @@ class Dispatcher:
             raise self._full()
         request.arrived = self._clock.time()
         request.entered = self.meters.now()
+        if self._batch_size > 1:
+            self._patience.arrived(request.arrived)
         self._queue.append(request)
         self._live.add(request)
         self._deadline_alarm.at(request.deadline)
@@ -184,9 +176,10 @@ class Dispatcher:
         """Requests are admitted again after `refuse`."""
         self._refusal = None
 
-    def configure(self, batch_size: int, max_delay: float, queue_limit: int, retries: int) -> None:
+    def configure(self, batch_size: int, max_delay: float, queue_limit: int, retries: int, *, adaptive: bool) -> None:
         """Takes over changed options; what waits already stays."""
-        self._batch_size, self._max_delay, self._queue_limit = batch_size, max_delay, queue_limit
+        self._batch_size, self._queue_limit = batch_size, queue_limit
+        self._patience, self._adaptive = Patience(max_delay, adaptive=adaptive), adaptive
         self._retries = retries
         self.wake()
 
@@ -209,13 +202,12 @@ class Dispatcher:
 
     def attach(self, lane: Lane) -> None:
         """A worker is ready for batches."""
-        self._lanes.append(lane)
+        self._lanes.add(lane)
         self.wake()
 
     def detach(self, lane: Lane) -> None:
         """A worker takes no more batches."""
-        if lane in self._lanes:
-            self._lanes.remove(lane)
+        self._lanes.remove(lane)
 
     def wake(self) -> None:
         """Something has changed that may let a batch go: a request, a free place, room on a link.
@@ -237,19 +229,33 @@ class Dispatcher:
 
     def _cut(self) -> None:
         while self._queue:
-            if len(self._queue) < self._batch_size and self._max_delay and not self._queue[0].attempts:
-                due = self._queue[0].arrived + self._max_delay
-                if self._clock.time() < due:
-                    self._cut_alarm.at(due)
-                    return
-            lane = self._next_lane(full=len(self._queue) >= self._batch_size)
-            if lane is None:
+            full = len(self._queue) >= self._batch_size
+            lane = self._lanes.next(full=full)
+            if lane is None or (not full and self._waits_for_company(lane)):
                 return
             batch = self._take()
+            self._waits = False
             if batch:
                 self._send(lane, batch)
 
+    def _waits_for_company(self, lane: Lane) -> bool:
+        """Whether the requests in the queue, too few for a full batch, wait for more though this lane has a place."""
+        if not self._patience.max_delay or self._queue[0].attempts:
+            return False
+        due = self._patience.until(
+            len(self._queue),
+            self._queue[0].arrived,
+            self._lanes.seconds_to_a_place(lane),
+            last_place=self._lanes.is_last_place(lane),
+        )
+        if due <= self._clock.time():
+            return False
+        self._waits = True
+        self._cut_alarm.at(due)
+        return True
+
     def _send(self, lane: Lane, batch: list[Request]) -> None:
+        self._lanes.takes(lane)
         try:
             lane.send(batch)
         except MinServeError as error:
@@ -259,22 +265,6 @@ class Dispatcher:
             logger.exception("%s: a batch could not be sent", self._model)
             for request in batch:
                 request.fail(MinServeError(f'Model "{self._model}": the request could not be sent to the ranks'))
-
-    def _next_lane(self, *, full: bool) -> Lane | None:
-        """The one with the fewest batches before it; among equals in turn, so that none stays cold under a light load."""
-        best: Lane | None = None
-        fewest = 0
-        for lane in self._lanes:
-            if lane.has_place(full=full):
-                under_way = lane.under_way
-                if best is None or under_way < fewest:
-                    best, fewest = lane, under_way
-                if not under_way:
-                    break
-        if best is not None and len(self._lanes) > 1:
-            self._lanes.remove(best)
-            self._lanes.append(best)
-        return best
 
     def _take(self) -> list[Request]:
         """Up to a batch of requests whose clients still wait, all of one operation. One that is tried again travels alone.
@@ -303,14 +293,19 @@ class Dispatcher:
         return batch
 
     def _measure(self, batch: list[Request]) -> None:
-        """How long each has waited: for company until the batch was full or the oldest's time was up, then for a place."""
-        now, due = self.meters.now(), 0.0
-        if self._max_delay and self._batch_size > 1:
-            last = batch[-1].entered if len(batch) == self._batch_size else batch[0].entered + self._max_delay
-            due = min(last, now)
+        """How long each has waited: for company, and for a place."""
+        now = self.meters.now()
+        due = self._company_until(batch, now) if self._patience.max_delay and self._batch_size > 1 else 0.0
         for request in batch:
             request.sent = now
         self.meters.left_queue([request.entered for request in batch], due, now)
+
+    def _company_until(self, batch: list[Request], now: float) -> float:
+        """When they no longer waited for company, but for a place; 0: they never did."""
+        if self._adaptive:  # the place was there
+            return now if self._waits else 0.0
+        last = batch[-1].entered if len(batch) == self._batch_size else batch[0].entered + self._patience.max_delay
+        return min(last, now)
 
     def _may_wait_again(self, request: Request, begun: bool) -> bool:
         if request.reply.done() or request.stream is not None or self._refusal is not None:

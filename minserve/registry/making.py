@@ -74,6 +74,7 @@ class Maker:
             spec.queue_limit,
             spec.config.minserve.retry_in_flight,
             ModelMeters(self._metrics, spec.name, spec.version),
+            adaptive=spec.config.minserve.batching == "adaptive",
         )
         directory = self._runtime.new_model_directory()
         hear = functools.partial(self._on_event, spec.title) if self._on_event is not None else None

@@ -41,6 +41,7 @@ if TYPE_CHECKING:
 
 # Up to here one copy of the whole frame costs less than handing its pieces to every link.
 SMALL_BYTES = 16 * 1024
+NEWEST = 0.2  # share of the last batch in how long one usually takes
 
 
 class Broadcast:
@@ -60,6 +61,7 @@ class Broadcast:
 
     Attributes:
         batches_done: without probes.
+        batch_seconds: how long a batch usually takes; None before the first.
         first_seq: of the first batch that is no probe; 0 before it.
         recorder: told of each batch as it goes out, and how it ended; None as long as nobody asks for a recording.
         replied: seq of the last batch that rank 0 is through with.
@@ -96,22 +98,25 @@ class Broadcast:
         self._places = Places(clock, limits.in_flight)
         self._time = TimeLimits(clock, links, limits, self._outstanding, self._silent, self._overdue)
         self._failures = Failures(clock, links, limits, who, self._outstanding, on_broken, on_event)
+        self._replied_at = 0.0  # on the meters' clock
         self.batches_done = 0
+        self.batch_seconds: float | None = None
         self.first_seq = 0
         self.recorder: Recorder | None = None
         self.replied = 0
 
     # ── to the ranks ──
 
-    def has_place(self, *, full: bool = True) -> bool:
+    def has_place(self, *, full: bool = True, ahead: int = 0) -> bool:
         """Whether a batch may go now. With a slow link the answer is no, and only this worker waits for it.
 
         Args:
             full: it has as many requests as a batch may have.
+            ahead: asks for the time when so many more have been sent.
         """
         if self._ended or self._crowded or self._failures.causes:
             return False
-        return self._places.allow(len(self._outstanding), full=full)
+        return self._places.allow(len(self._outstanding) + ahead, full=full)
 
     @property
     def under_way(self) -> int:
@@ -274,6 +279,7 @@ class Broadcast:
             self._failures.out_of_step(batch)
             return
         meters, replied = self._meters, self._meters.now()
+        self._count(batch, replied)
         counts = bool(batch.requests) and batch.requests[0].meta.operation != DESCRIBE  # which travels alone
         for request, (answer, body) in zip(batch.requests, answers, strict=True):
             if request.answer(answer, body) and counts:
@@ -283,6 +289,14 @@ class Broadcast:
             meters.batch_answered(len(batch.requests), batch.written, replied, overhead)
             meters.handled(batch.seconds or 0.0, [request.meta.id for request in batch.requests])
         self._finish(batch)
+
+    def _count(self, batch: Outstanding, replied: float) -> None:
+        """How long the ranks had this batch before them and no other."""
+        if batch.requests:
+            took = replied - max(batch.written, self._replied_at)
+            last = took if self.batch_seconds is None else self.batch_seconds
+            self.batch_seconds = last + (took - last) * NEWEST
+        self._replied_at = replied
 
     def _chunk(self, batch: Outstanding, frame: Frame) -> None:
         meta = unpack(Answers, frame.meta)

@@ -195,9 +195,16 @@ class RankGroup:
 
     # ── serve: what the dispatcher sees ──
 
-    def has_place(self, *, full: bool = True) -> bool:
-        """Whether a batch may be sent now, one that is full or one that is not."""
-        return self._broadcast is not None and not self._inquest.pending and self._broadcast.has_place(full=full)
+    def has_place(self, *, full: bool = True, ahead: int = 0) -> bool:
+        """Whether a batch may be sent now, see `Lane`."""
+        if self._broadcast is None or self._inquest.pending:
+            return False
+        return self._broadcast.has_place(full=full, ahead=ahead)
+
+    @property
+    def batch_seconds(self) -> float | None:
+        """How long a batch usually takes; None before the first."""
+        return self._broadcast.batch_seconds if self._broadcast is not None else None
 
     @property
     def under_way(self) -> int:

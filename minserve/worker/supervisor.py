@@ -260,7 +260,10 @@ class Supervisor:
         self._dismiss_all(drain_timeout)
         config = spec.config
         retries = config.minserve.retry_in_flight
-        self._dispatcher.configure(config.batch_size, config.max_batch_delay / 1000, spec.queue_limit, retries)
+        adaptive = config.minserve.batching == "adaptive"
+        self._dispatcher.configure(
+            config.batch_size, config.max_batch_delay / 1000, spec.queue_limit, retries, adaptive=adaptive
+        )
         crew.take_over(others)
         self._spec, self._scaler = spec, scaler
         self._starting.expect(scaler.fewest)

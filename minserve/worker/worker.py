@@ -204,9 +204,14 @@ class Worker:
 
     # ── a lane of the dispatcher ──
 
-    def has_place(self, *, full: bool = True) -> bool:
-        """Whether a batch may be sent now, one that is full or one that is not."""
-        return self._state is State.READY and self._group is not None and self._group.has_place(full=full)
+    def has_place(self, *, full: bool = True, ahead: int = 0) -> bool:
+        """Whether a batch may be sent now, see `Lane`."""
+        return self._state is State.READY and self._group is not None and self._group.has_place(full=full, ahead=ahead)
+
+    @property
+    def batch_seconds(self) -> float | None:
+        """How long a batch usually takes; None before the first."""
+        return self._group.batch_seconds if self._group is not None else None
 
     @property
     def under_way(self) -> int:

@@ -98,6 +98,7 @@ minserve:
   handler: handler.py:MyHandler
   acceptTimeout: 5
   inFlight: 2
+  batching: window
   socketType: tcp
   port: 9000
   queueTimeout: 1.5

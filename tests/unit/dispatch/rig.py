@@ -17,6 +17,7 @@ class FakeLane:
     def __init__(self, rig: Rig, places: int = 1) -> None:
         self.rig = rig
         self.places = places
+        self.batch_seconds: float | None = None
         self.only_full = False  # a batch that is not full goes ahead of no other
         self.batches: list[list[Request]] = []
         self.sent: list[list[str]] = []
@@ -25,8 +26,8 @@ class FakeLane:
     def under_way(self) -> int:
         return len(self.batches)
 
-    def has_place(self, *, full: bool) -> bool:
-        return len(self.batches) < (1 if self.only_full and not full else self.places)
+    def has_place(self, *, full: bool, ahead: int = 0) -> bool:
+        return len(self.batches) + ahead < (1 if self.only_full and not full else self.places)
 
     def send(self, requests: list[Request]) -> None:
         assert self.has_place(full=len(requests) == self.rig.batch_size), "sent to a lane without a place"
@@ -56,10 +57,11 @@ class Rig:
         queue_limit: int = 100,
         lanes: int = 1,
         retries: int = 0,
+        adaptive: bool = False,
     ) -> None:
         self.clock = FakeClock()
         self.batch_size = batch_size
-        self.dispatcher = Dispatcher(self.clock, "m", batch_size, max_delay, queue_limit, retries)
+        self.dispatcher = Dispatcher(self.clock, "m", batch_size, max_delay, queue_limit, retries, adaptive=adaptive)
         self.sent: list[str] = []  # ids in the order in which they left the queue, over all lanes
         self.lanes = [FakeLane(self) for _ in range(lanes)]
         for lane in self.lanes:

@@ -567,8 +567,9 @@ async def test_what_is_refused_is_not_begun() -> None:
 
 class BrokenLane:
     under_way = 0
+    batch_seconds = None
 
-    def has_place(self, *, full: bool) -> bool:
+    def has_place(self, *, full: bool, ahead: int = 0) -> bool:
         return True
 
     def send(self, requests: list[Request]) -> None:

@@ -101,12 +101,13 @@ class Lane:
     """A worker that hands each request to the test."""
 
     under_way = 0
+    batch_seconds = None
 
     def __init__(self) -> None:
         self.requests: list[Request] = []
         self.handle: Callable[[Request], object] = echo
 
-    def has_place(self, *, full: bool) -> bool:
+    def has_place(self, *, full: bool, ahead: int = 0) -> bool:
         return True
 
     def send(self, requests: list[Request]) -> None:

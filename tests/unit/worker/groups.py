@@ -55,6 +55,7 @@ class FakeGroup:
         self.cause = FakeGroup.causes.get(who)
         self.suspected = False
         self.served = False
+        self.batch_seconds: float | None = None
         self.agent_pid = 4711
         self.pids = {0: 4712}
         self.endpoints = Endpoints(f"unix:{directory}/worker.", slot * spec.world_size, spec.world_size)
@@ -95,7 +96,7 @@ class FakeGroup:
     def under_way(self) -> int:
         return len(self.batches)
 
-    def has_place(self, *, full: bool = True) -> bool:
+    def has_place(self, *, full: bool = True, ahead: int = 0) -> bool:
         return not self.busy and not self.failed.done()
 
     def send(self, requests: list[Request]) -> None:
@@ -213,7 +214,7 @@ class House:
     @property
     def lanes(self) -> list[Worker]:
         """The workers that take batches."""
-        return [lane for lane in self.dispatcher._lanes if isinstance(lane, Worker)]
+        return [lane for lane in self.dispatcher._lanes._lanes if isinstance(lane, Worker)]
 
     def not_ready(self) -> str | None:
         return self.supervisor.not_ready

@@ -84,7 +84,7 @@ async def test_while_one_leaves_none_is_added() -> None:
 @in_fake_time
 async def test_to_wait_for_company_is_no_load() -> None:
     house = await started(House(elastic(max_batch_delay=5000, batch_size=8)))
-    house.dispatcher.configure(8, 5.0, 100, 0)
+    house.dispatcher.configure(8, 5.0, 100, 0, adaptive=False)
     client = house.submit()
     await asyncio.sleep(4.9)
     assert house.states == "0:READY"
