@@ -57,6 +57,20 @@ class Connection:
             self._read()
         return self._frames.popleft()
 
+    def receive_all(self) -> list[Frame]:
+        """The next frame, and those that came with it.
+
+        Raises:
+            Disconnected: the server has closed the link.
+            WireError: the bytes are no frame.
+        """
+        first = self.receive()
+        if not self._frames:
+            return [first]
+        frames = [first, *self._frames]
+        self._frames.clear()
+        return frames
+
     @property
     def pending(self) -> bool:
         """Whether frames have been read that nobody has received yet."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import logging
 import sys
@@ -42,9 +43,14 @@ def decode_batch(batch: Batch, body: bytearray, parse: bool = True) -> list[dict
     ]
 
 
+@functools.lru_cache(maxsize=256)
+def _mime(content_type: str) -> str:
+    return content_type.partition(";")[0].strip().lower()
+
+
 def _decode(content_type: str, value: bytearray) -> Value:
     """JSON and text by content type; anything else, and what does not parse, stays the bytearray handlers expect."""
-    mime = content_type.partition(";")[0].strip().lower()
+    mime = _mime(content_type)
     try:
         if mime == "application/json":
             return json.loads(value)
@@ -65,7 +71,7 @@ def check_answers(answers: object, count: int) -> list[object]:
         raise Refused(f"Invalid model predict output: handle must return a list, not a {type(answers).__name__}")
     if len(answers) != count:
         raise Refused(f"number of batch response mismatched: {count} requests, {len(answers)} answers")
-    return list(answers)
+    return answers if isinstance(answers, list) else list(answers)
 
 
 def encode_answer(value: object, index: int) -> Buffer:

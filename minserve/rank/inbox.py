@@ -37,6 +37,8 @@ class Inbox:
         self.stopping = False
         self._changed = threading.Condition()
         self._reading = False  # one thread is in `receive`
+        self._waiting = 0  # how many threads wait for it
+        self._notes = False  # something is, or was, in what follows the parked frames here
         self._parked: deque[Frame] = deque()
         self._finished = 0
         # By seq: how far a stream may go, which streams are cancelled, which batches may be left after an exception.
@@ -51,7 +53,8 @@ class Inbox:
             Disconnected: the server has closed the link.
             WireError: it has sent what is no frame.
         """
-        self._wait(lambda: bool(self._parked))
+        if not self._parked:  # it often is there already, and the loop is the only one that takes it
+            self._wait(lambda: bool(self._parked))
         return self._parked.popleft()
 
     def wait_for_grant(self, seq: int, step: int) -> bool:
@@ -59,6 +62,7 @@ class Inbox:
 
         A thread that its batch has left behind is let go: nobody will grant it anything any more.
         """
+        self._notes = True  # before anything is looked at, see `finished`
 
         def may() -> bool:
             return self._grants.get(seq, 0) >= step or seq <= self._finished
@@ -86,8 +90,10 @@ class Inbox:
 
     def finished(self, seq: int) -> None:
         """Nothing about this batch or an earlier one is wanted any more."""
+        self._finished = seq
+        if not self._notes:  # nobody has ever waited for a grant, and nothing was noted: the rule, and worth no lock
+            return
         with self._changed:
-            self._finished = seq
             self._grants = {key: step for key, step in self._grants.items() if key > seq}
             self._cancelled = {key for key in self._cancelled if key > seq}
             self._continued = {key for key in self._continued if key > seq}
@@ -99,32 +105,38 @@ class Inbox:
                 if self.broken is not None:
                     raise self.broken
                 if self._reading:
+                    self._waiting += 1
                     self._changed.wait()
+                    self._waiting -= 1
                 else:
                     self._read()
 
     def _read(self) -> None:
-        """Reads one frame with the lock released, so that others may come to wait or find theirs already there."""
+        """Reads what has come with the lock released, so that others may come to wait or find theirs already there."""
         self._reading = True
         self._changed.release()
         try:
             try:
-                frame = self._connection.receive()
+                frames = self._connection.receive_all()
             finally:
                 self._changed.acquire()
-            self._take(frame)
+            for frame in frames:
+                self._take(frame)
         except BaseException as error:  # whatever it was, a part of a frame may be lost
             self.broken = error
             raise
         finally:
             self._reading = False
-            self._changed.notify_all()
+            if self._waiting:
+                self._changed.notify_all()
 
     def _take(self, frame: Frame) -> None:
         if frame.kind in _FOR_THE_LOOP:
             self._parked.append(frame)
             self.stopping = self.stopping or frame.kind is Kind.SHUTDOWN
-        elif frame.kind is Kind.GRANT:
+            return
+        self._notes = True
+        if frame.kind is Kind.GRANT:
             step = unpack(Step, frame.meta).step
             # Behind a CANCEL it counts for nothing: a rank that had read both would pass the step where the others leave.
             if frame.seq not in self._cancelled:

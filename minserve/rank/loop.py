@@ -61,7 +61,7 @@ class Rank:
         threads.ignore_cancelled(Cancelled)
         progress.listen(lambda stage, done, total: self._connection.send(Kind.PROGRESS, Progress(stage, done, total)))
         try:
-            frame = self._inbox.next()
+            frame = self._connection.receive()  # what came with it stays there for whoever serves
             if frame.kind is not Kind.LOAD:
                 return self._stop(f"expected LOAD, got {frame.kind.name}")
             load = unpack(Load, frame.meta)

@@ -209,7 +209,10 @@ def encode(context: Context, index: int, value: object) -> tuple[Answer, Buffer]
     """
     body = encode_answer(value, index)
     processor = context.request_processor[index]
-    status, headers = processor.status, tuple(processor.response_headers.items())
+    status = processor.status
+    if type(status) is int and status == 200 and not processor.phrase and not processor.response_headers:  # the rule
+        return Answer(index, len(body)), body
+    headers = tuple(processor.response_headers.items())
     if not isinstance(status, int) or not 200 <= status <= 599:  # an HTTPStatus is an int
         raise Refused(f"answer {index}: response status {status!r} is not a number from 200 to 599")
     if not isinstance(processor.phrase, str) or _UNSENDABLE.search(processor.phrase):

@@ -51,6 +51,9 @@ class FakeConnection(Connection):
         self.log.append(f"<{frame.kind.name} {frame.seq}")
         return frame
 
+    def receive_all(self) -> list[Frame]:
+        return [self.receive()]
+
     def send(self, kind: Kind, message: Message, seq: int = 0) -> None:
         self._take([pack(kind, message, seq)])
 
