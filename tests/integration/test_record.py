@@ -26,7 +26,9 @@ BATCH = re.compile(r"batch (\d+) of (\d+): (\w{16})")
 
 @pytest.fixture(scope="module")
 def group() -> Iterator[Group]:
-    with rank_group(MODEL, nproc=2, config={"batchSize": 4, "maxBatchDelay": 20}) as group:
+    with rank_group(
+        MODEL, nproc=2, config={"batchSize": 4, "maxBatchDelay": 20, "minserve": {"batching": "window"}}
+    ) as group:
         yield group
 
 

@@ -25,11 +25,12 @@ def release(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("release") / "now"
 
 
+WINDOW = {"batchSize": 4, "maxBatchDelay": 50, "minserve": {"batching": "window"}}  # sure to fill when many ask at once
+
+
 @pytest.fixture(scope="module")
 def group(release: Path) -> Iterator[Group]:
-    with rank_group(
-        MODEL, nproc=2, config={"batchSize": 4, "maxBatchDelay": 50}, environ={"RELEASE": str(release)}
-    ) as group:
+    with rank_group(MODEL, nproc=2, config=WINDOW, environ={"RELEASE": str(release)}) as group:
         yield group
 
 
