@@ -14,7 +14,6 @@ from __future__ import annotations
 import functools
 from typing import TYPE_CHECKING
 
-from minserve.dispatch.dispatcher import DESCRIBE
 from minserve.errors import BadRequest, MinServeError, ResponseTimeout, WireError
 from minserve.telemetry.events import EventKind
 from minserve.telemetry.meters import unwatched
@@ -27,6 +26,7 @@ from minserve.worker.places import Places
 from minserve.worker.replies import answers_of, whole_answers
 from minserve.worker.streams import Streams
 from minserve.worker.time_limits import TimeLimits
+from minserve.worker.timing import Timing
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -41,7 +41,6 @@ if TYPE_CHECKING:
 
 # Up to here one copy of the whole frame costs less than handing its pieces to every link.
 SMALL_BYTES = 16 * 1024
-NEWEST = 0.2  # share of the last batch in how long one usually takes
 
 
 class Broadcast:
@@ -61,7 +60,6 @@ class Broadcast:
 
     Attributes:
         batches_done: without probes.
-        batch_seconds: how long a batch usually takes; None before the first.
         first_seq: of the first batch that is no probe; 0 before it.
         recorder: told of each batch as it goes out, and how it ended; None as long as nobody asks for a recording.
         replied: seq of the last batch that rank 0 is through with.
@@ -95,12 +93,11 @@ class Broadcast:
         self._flushing = False  # frames that may wait do so
         self._ended = False
         self._streams = Streams(links, limits, steps)
+        self._timing = Timing(self._meters)
         self._places = Places(clock, limits.in_flight)
         self._time = TimeLimits(clock, links, limits, self._outstanding, self._silent, self._overdue)
         self._failures = Failures(clock, links, limits, who, self._outstanding, on_broken, on_event)
-        self._replied_at = 0.0  # on the meters' clock
         self.batches_done = 0
-        self.batch_seconds: float | None = None
         self.first_seq = 0
         self.recorder: Recorder | None = None
         self.replied = 0
@@ -122,6 +119,11 @@ class Broadcast:
     def under_way(self) -> int:
         """How many batches and probes are."""
         return len(self._outstanding)
+
+    @property
+    def batch_seconds(self) -> float | None:
+        """How long one usually takes; None before the first."""
+        return self._timing.batch_seconds
 
     def room_changed(self) -> None:
         """A link has come to have no room for another batch, or has room again."""
@@ -148,8 +150,7 @@ class Broadcast:
         # Only now: a batch that cannot be encoded must not leave a gap in the numbers.
         batch = self._write(pieces, requests, later=small and bool(self._outstanding))
         self.first_seq = self.first_seq or self._seq
-        batch.began, batch.written = began, self._meters.now()
-        self._meters.batch_sent(len(requests), began, batch.written)
+        self._timing.sent(batch, began)
         if self.recorder is not None:
             self.recorder.batch(self._seq, requests)
 
@@ -278,25 +279,12 @@ class Broadcast:
         if batch.failures:  # another rank has raised, or was cancelled
             self._failures.out_of_step(batch)
             return
-        meters, replied = self._meters, self._meters.now()
-        self._count(batch, replied)
-        counts = bool(batch.requests) and batch.requests[0].meta.operation != DESCRIBE  # which travels alone
-        for request, (answer, body) in zip(batch.requests, answers, strict=True):
-            if request.answer(answer, body) and counts:
-                meters.answered(request.named, request.entered, request.sent, replied)
+        replied = self._meters.now()
+        pairs = zip(batch.requests, answers, strict=True)
+        answered = [request for request, (answer, body) in pairs if request.answer(answer, body)]
         if batch.requests:
-            overhead = batch.written - batch.began + meters.now() - replied
-            meters.batch_answered(len(batch.requests), batch.written, replied, overhead)
-            meters.handled(batch.seconds or 0.0, [request.meta.id for request in batch.requests])
+            self._timing.answered(batch, answered, replied)
         self._finish(batch)
-
-    def _count(self, batch: Outstanding, replied: float) -> None:
-        """How long the ranks had this batch before them and no other."""
-        if batch.requests:
-            took = replied - max(batch.written, self._replied_at)
-            last = took if self.batch_seconds is None else self.batch_seconds
-            self.batch_seconds = last + (took - last) * NEWEST
-        self._replied_at = replied
 
     def _chunk(self, batch: Outstanding, frame: Frame) -> None:
         meta = unpack(Answers, frame.meta)
