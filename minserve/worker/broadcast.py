@@ -3,7 +3,7 @@
 Every rank must see the same batches in the same order, or the collectives inside the handlers pair up wrong and answers get
 mixed. Two rules make that a property of this file:
 
-* `send` gives a batch its seq and writes it to all links in one callback, with no await in between.
+* `send` gives a batch its seq and writes it to all links (`fanout`) in one callback, with no await in between.
 * Before that, `has_place` has seen room on every link, so all ranks get the batch or none does.
 
 What an exception on a rank means for the others is judged in `failures`, how long all of it may take in `time_limits`.
@@ -21,6 +21,7 @@ from minserve.wire.frames import MAX_META_BYTES, PROBE, Kind
 from minserve.wire.messages import Answers, Batch, Failure, pack, pack_with_body, unpack
 from minserve.worker.blame import Cause, culprit
 from minserve.worker.failures import Failures
+from minserve.worker.fanout import Fanout
 from minserve.worker.outstanding import Outstanding
 from minserve.worker.places import Places
 from minserve.worker.replies import answers_of, whole_answers
@@ -78,7 +79,6 @@ class Broadcast:
         on_event: Callable[[EventKind, str, int, int], None],
         meters: ModelMeters | None = None,
     ) -> None:
-        self._clock = clock
         self._meters = unwatched() if meters is None else meters
         self._links = links
         self._limits = limits
@@ -89,8 +89,7 @@ class Broadcast:
         self._on_event = on_event
         self._seq = 0
         self._outstanding: dict[int, Outstanding] = {}
-        self._crowded = False  # a link has no room
-        self._flushing = False  # frames that may wait do so
+        self._fanout = Fanout(clock, links)
         self._ended = False
         self._streams = Streams(links, limits, steps)
         self._timing = Timing(self._meters)
@@ -111,7 +110,7 @@ class Broadcast:
             full: it has as many requests as a batch may have.
             ahead: asks for the time when so many more have been sent.
         """
-        if self._ended or self._crowded or self._failures.causes:
+        if self._ended or self._fanout.crowded or self._failures.causes:
             return False
         return self._places.allow(len(self._outstanding) + ahead, full=full)
 
@@ -127,9 +126,9 @@ class Broadcast:
 
     def room_changed(self) -> None:
         """A link has come to have no room for another batch, or has room again."""
-        self._crowded = not all(link.has_room for link in self._links)
-        self._time.crowded(self._crowded)
-        if not self._crowded:
+        self._fanout.look()
+        self._time.crowded(self._fanout.crowded)
+        if not self._fanout.crowded:
             self._on_free()
 
     def send(self, requests: list[Request]) -> None:
@@ -163,28 +162,15 @@ class Broadcast:
         self._write([pack(Kind.BATCH, Batch(()), self._seq + 1, PROBE)], []).on_passed = on_passed
 
     def _write(self, pieces: Sequence[Buffer], requests: list[Request], *, later: bool = False) -> Outstanding:
-        """Gives a batch its number and writes it to all links.
-
-        Args:
-            later: the ranks are at work, so it may wait for others that are sent in the same turn of the loop.
-        """
+        """Gives a batch its number and writes it to all links."""
         self._seq += 1
-        for link in self._links:  # no await here, ever: this loop is what makes the order common to all ranks
-            link.write(pieces, later=later)
-        if later and not self._flushing:
-            self._flushing = True
-            self._clock.call_soon(self._flush)
+        self._fanout.write(pieces, later=later)
         batch = Outstanding(self._seq, requests, granted=self._limits.stream_ahead)
         self._time.begin(batch)
         if not self._outstanding:
             self._places.began()
         self._outstanding[self._seq] = batch
         return batch
-
-    def _flush(self) -> None:
-        self._flushing = False
-        for link in self._links:
-            link.flush()
 
     @property
     def causes(self) -> list[Cause]:
