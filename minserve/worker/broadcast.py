@@ -114,6 +114,10 @@ class Broadcast:
             return False
         return self._places.allow(len(self._outstanding) + ahead, full=full)
 
+    def set_places(self, places: int) -> None:
+        """The ranks have said how many batches they can have at work at once."""
+        self._places.fix(places)
+
     @property
     def under_way(self) -> int:
         """How many batches and probes are."""

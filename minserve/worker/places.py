@@ -34,7 +34,7 @@ class Places:
 
     def __init__(self, clock: Clock, fixed: int | None) -> None:
         self._clock = clock
-        self._fixed = fixed
+        self._automatic = fixed is None
         self._seconds = math.inf
         self._most = 1 if fixed is None else fixed
         self._moved_at = 0.0  # when the oldest batch under way became the oldest
@@ -50,7 +50,11 @@ class Places:
             return True
         if under_way >= self._most:
             return False
-        return self._fixed is not None or (full and self._clock.time() - self._moved_at < SLOW_S)
+        return not self._automatic or (full and self._clock.time() - self._moved_at < SLOW_S)
+
+    def fix(self, places: int) -> None:
+        """From now on it is exactly so many: the ranks can have that many at work at once."""
+        self._automatic, self._most = False, places
 
     def began(self) -> None:
         """A batch was sent while none was under way."""
@@ -59,7 +63,7 @@ class Places:
     def finished(self, seconds: float | None) -> None:
         """A batch is over, for which rank 0 was so long in `handle`; None: it has not answered."""
         self._moved_at = self._clock.time()
-        if self._fixed is None and seconds is not None:
+        if self._automatic and seconds is not None:
             last = seconds if self._seconds == math.inf else self._seconds
             self._seconds = max(seconds, last + (seconds - last) * FORGET)
             self._most = 1 if self._seconds >= SLOW_S else min(MOST, 1 + math.ceil(WAY_S / max(self._seconds, 1e-6)))

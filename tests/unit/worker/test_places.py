@@ -26,6 +26,14 @@ def test_a_fixed_number_is_kept_whatever_the_batches_are_like(fixed: int, full: 
         assert not these.allow(fixed, full=full)
 
 
+def test_a_number_that_the_ranks_tell_is_kept_from_then_on() -> None:
+    these, clock = places()
+    these.fix(3)
+    these.finished(60.0)
+    clock.advance(60.0)
+    assert count(these) == count(these, full=False) == 3
+
+
 def test_until_a_batch_has_been_answered_there_is_one() -> None:
     these, _ = places()
     these.began()
