@@ -113,7 +113,7 @@ class Dispatcher:
             raise self._full()
         request.arrived = self._clock.time()
         request.entered = self.meters.now()
-        if self._batch_size > 1:
+        if self._batch_size > 1 and self._patience.max_delay:
             self._patience.arrived(request.arrived)
         self._queue.append(request)
         self._live.add(request)

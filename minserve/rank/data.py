@@ -36,7 +36,7 @@ def decode_batch(batch: Batch, body: bytearray, parse: bool = True) -> list[dict
     parts = [part for request in batch.requests for part in request.parts]
     if len(batch.requests) == len(parts) == 1 and parts[0].length == len(body):  # the frame's own memory, no copy
         return [{parts[0].name: _decode(parts[0].content_type, body) if parse else body}]
-    pieces = iter(split_body(body, (part.length for part in parts)))
+    pieces = iter(split_body(body, [part.length for part in parts]))
     return [
         {part.name: _decode(part.content_type, next(pieces)) if parse else next(pieces) for part in request.parts}
         for request in batch.requests

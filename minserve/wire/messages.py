@@ -232,7 +232,7 @@ def pack_with_body(kind: Kind, message: Message, bodies: Sequence[Buffer], seq: 
     """
     meta = _encoder.encode(message)
     length = sum(map(len, bodies))
-    return [header(kind, seq, len(meta), length, flags) + meta, *(body for body in bodies if len(body))]
+    return [header(kind, seq, len(meta), length, flags) + meta, *[body for body in bodies if len(body)]]
 
 
 def unpack(kind: type[M], meta: Buffer) -> M:

@@ -138,7 +138,7 @@ class Broadcast:
     def send(self, requests: list[Request]) -> None:
         """Broadcasts one batch."""
         began = self._meters.now()
-        meta = Batch(tuple(request.meta for request in requests), self._limits.stream_ahead)
+        meta = Batch(tuple([request.meta for request in requests]), self._limits.stream_ahead)
         bodies = [body for request in requests for body in request.bodies]
         pieces = pack_with_body(Kind.BATCH, meta, bodies, self._seq + 1)
         if len(pieces[0]) > MAX_META_BYTES:  # its ranks would take it for rubbish, and the worker would be lost

@@ -38,4 +38,4 @@ def answers_of(batch: Outstanding, answers: tuple[Answer, ...], frame: Frame) ->
     indexes = [answer.index for answer in answers]
     if indexes != sorted(set(indexes)) or (indexes and not 0 <= indexes[0] <= indexes[-1] < len(batch.requests)):
         raise WireError(f"{frame.kind.name} answers requests {indexes} of a batch of {len(batch.requests)}")
-    return list(zip(answers, split_body(frame.body, (answer.length for answer in answers)), strict=True))
+    return list(zip(answers, split_body(frame.body, [answer.length for answer in answers]), strict=True))
