@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 
     from minserve.registry.models import ValidModel
     from minserve.worker.devices import Inventory
+    from minserve.worker.launcher import Launch
 
 
 def describe_launches(model: ValidModel, inventory: Inventory, environ: Mapping[str, str]) -> str:
@@ -55,5 +56,12 @@ def describe_launches(model: ValidModel, inventory: Inventory, environ: Mapping[
         lines.append(f"  directory: {launch.directory}")
         lines.append("  environment:")
         lines += [f"    {name}={shlex.quote(value)}" for name, value in sorted(launch.added.items())]
+        lines.append(f"  launcher: {_launcher(launch)}")
         lines.append(f"  command: {shlex.join(launch.command)}")
     return "\n".join(lines)
+
+
+def _launcher(launch: Launch) -> str:
+    if launch.warm is None:
+        return "none: the command is run"
+    return "warm: forked to do what the command would" if launch.patient else "warm, once there is one"

@@ -16,6 +16,7 @@ from minserve.worker.group import RankGroup
 from minserve.worker.guardian import Guardian
 from minserve.worker.reaper import Reaper
 from minserve.worker.runtime import RuntimeDirectory
+from minserve.worker.starter import Starter
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
@@ -62,23 +63,25 @@ class Replay:
         runtime = RuntimeDirectory(self._environ)
         guardian = Guardian(runtime.path)
         reaper = Reaper()  # what a rank leaves behind comes to us, and is killed with its group
+        starter = Starter(self._environ, runtime.path)
         try:
-            await self._run(runtime.new_model_directory(), batches)
+            await self._run(runtime.new_model_directory(), starter, batches)
         finally:
+            await starter.close()
             reaper.close()
             runtime.remove()
             guardian.dismiss()
 
-    async def _run(self, directory: Path, batches: Sequence[Batch]) -> None:
+    async def _run(self, directory: Path, starter: Starter, batches: Sequence[Batch]) -> None:
         spec, options = self._spec, self._spec.config.minserve
         who = f"{spec.name}/0"
         group = RankGroup(
-            *(spec, who, 0, directory, self._devices.reserve(who, spec.config, spec.world_size), self._environ),
+            *(spec, who, 0, directory, self._devices.reserve(who, spec.config, spec.world_size), starter),
             *(self._changed.set, _fail_all, _ignore_event),
         )
         group.failed.add_done_callback(lambda _: self._changed.set())
         try:
-            group.launch()
+            await group.launch()
             await group.connect(min(options.accept_timeout, spec.startup_timeout))
             await group.load(spec.startup_timeout)
             await self._play(group, batches)

@@ -35,6 +35,7 @@ from minserve.worker.devices import read_inventory
 from minserve.worker.guardian import Guardian
 from minserve.worker.reaper import Reaper
 from minserve.worker.runtime import LiveServer, RuntimeDirectory
+from minserve.worker.starter import Starter
 
 if TYPE_CHECKING:
     import ssl
@@ -107,6 +108,7 @@ class Server:
         self._runtime = RuntimeDirectory(self._environ)
         guardian = Guardian(self._runtime.path, self._runtime.models)
         reaper = Reaper()
+        starter = Starter(environment_of_models(self._options, self._environ), self._runtime.path)
         options = self._options
         system = SystemMetrics(
             *(metrics, options.metric_time_interval, options.system_metrics_cmd),
@@ -123,7 +125,7 @@ class Server:
             context = tls_context(identity) if identity is not None else None
             self._keys = make_keys(options)
             self.registry = Registry(
-                *(self._runtime, inventory, environment_of_models(options, self._environ), self._worker_changed),
+                *(self._runtime, inventory, starter, self._worker_changed),
                 *(options, self._on_event, metrics),
             )
             models, self.registry.broken = found
@@ -141,6 +143,7 @@ class Server:
             await self._shutdown()
         finally:
             await system.stop()
+            await starter.close()
             for listener in self._listeners:
                 listener.close()
             if self._keys is not None:

@@ -184,6 +184,10 @@ class MinServeConfig(_Keys):
     """Which ranks run the handler for a batch: all, in step, or rank 0 alone, which calls the others itself (TorchServe's
     way with parallelType pp). Default all."""
 
+    launcher: Literal["warm", "torchrun"] | None = None
+    """What starts the ranks. warm: forks of a process that has imported torch already, with torchrun's own agent; torchrun:
+    a torchrun, or without ranks a Python, of its own. Default: the server's."""
+
     @property
     def handler_file(self) -> str:
         """The handler's file, without the name in it."""

@@ -104,6 +104,9 @@ class ServerOptions(BaseModel):
     """Seconds for a request's body to arrive after its head. Default 120."""
     keepalive_timeout: Timeout = 75.0
     """Seconds for which a connection without a request stays open. Default 75."""
+    launcher: Literal["", "warm", "torchrun"] = ""
+    """`launcher` of a model that sets none: warm or torchrun. Default: warm for groups of ranks, and for single processes
+    from the time when there is a warm launcher."""
     shutdown_delay: Seconds = 0.0
     """Seconds between the signal to stop and the drain: /readyz says 503 already, requests are still served, so that a
     balancer can notice. Default 0."""

@@ -42,10 +42,14 @@ def die_with_the_agent() -> None:
     Also in the middle of a collective, where a rank reads no socket and runs no Python. An agent that died before this line
     is found out at the next step: its server kills the group, and there is nothing left to connect to.
     """
-    parent = os.getppid()
-    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
-    if os.getppid() != parent:
+    if not die_with(os.getppid()):
         os._exit(1)
+
+
+def die_with(parent: int) -> bool:
+    """Asks the kernel to kill this process when its parent dies. False: it has died already."""
+    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+    return os.getppid() == parent
 
 
 def read_environment(environ: MutableMapping[str, str]) -> Launch:

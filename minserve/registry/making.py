@@ -16,7 +16,7 @@ from minserve.worker.devices import DeviceAllocator
 from minserve.worker.supervisor import Supervisor
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping
+    from collections.abc import Callable
 
     from minserve.config.server import ServerOptions
     from minserve.registry.source import Source
@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from minserve.telemetry.metrics import Metrics
     from minserve.worker.devices import Inventory
     from minserve.worker.runtime import RuntimeDirectory
+    from minserve.worker.starter import Starter
 
 logger = logging.getLogger(__name__)
 
@@ -36,7 +37,7 @@ class Maker:
         self,
         runtime: RuntimeDirectory,
         inventory: Inventory,
-        environ: Mapping[str, str],
+        starter: Starter,
         on_change: Callable[[], None],
         options: ServerOptions,
         on_event: Callable[[str, Event], None] | None,
@@ -45,7 +46,7 @@ class Maker:
         self._runtime = runtime
         self._inventory = inventory
         self._devices = DeviceAllocator(inventory)
-        self._environ = environ
+        self._starter = starter
         self._on_change = on_change
         self._options = options
         self._on_event = on_event
@@ -80,7 +81,7 @@ class Maker:
         hear = functools.partial(self._on_event, spec.title) if self._on_event is not None else None
         events = EventLog(spec.name, on_event=hear)
         supervisor = Supervisor(
-            *(spec, model.workers, directory, dispatcher, self._devices, self._environ, events, self._on_change)
+            *(spec, model.workers, directory, dispatcher, self._devices, self._starter, events, self._on_change)
         )
         return ServedModel(model, directory, dispatcher, supervisor, events, loaded_at_startup)
 

@@ -18,12 +18,13 @@ from minserve.registry.validating import ValidModel
 from minserve.telemetry.metrics import Metrics
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Coroutine, Iterable, Mapping
+    from collections.abc import Callable, Coroutine, Iterable
 
     from minserve.errors import ConfigError
     from minserve.telemetry.events import Event
     from minserve.worker.devices import Inventory
     from minserve.worker.runtime import RuntimeDirectory
+    from minserve.worker.starter import Starter
 
 __all__ = ["Registration", "Registry", "ServedModel", "ValidModel"]
 
@@ -49,7 +50,7 @@ class Registry:
         self,
         runtime: RuntimeDirectory,
         inventory: Inventory,
-        environ: Mapping[str, str],
+        starter: Starter,
         on_change: Callable[[], None],
         options: ServerOptions | None = None,
         on_event: Callable[[str, Event], None] | None = None,
@@ -58,7 +59,7 @@ class Registry:
         self._options = options or ServerOptions()
         self.metrics = Metrics() if metrics is None else metrics
         self._catalogue = Catalogue(self._options.lenient)
-        maker = Maker(runtime, inventory, environ, on_change, self._options, on_event, self.metrics)
+        maker = Maker(runtime, inventory, starter, on_change, self._options, on_event, self.metrics)
         self._changes = Changes(
             *(self._catalogue, maker, self._options, inventory, self._check_running, self._models_changed)
         )

@@ -131,6 +131,7 @@ def _make_spec(told: _Told, handler: str, numbers: Numbers, options: ServerOptio
         runtime=told.runtime.lower(),
         limit_max_image_pixels=options.limit_max_image_pixels,
         decode_input=options.decode_input_request,
+        launcher=config.minserve.launcher or options.launcher,
         metrics=declared_metrics(options.metrics_config, options.metrics_mode).for_ranks(),
     )
 

@@ -14,6 +14,8 @@ from minserve.wire.board import STACK_SIGNAL
 
 SETTLED_LOOKS = 4  # without growth, 20 ms apart: it is written in small pieces, and the main thread's comes last
 MAX_BYTES = 64 * 1024
+# Below the rank's own beginning is what has brought it about: runpy, and in a fork the agent, which is in torch.distributed.
+_BEGINNING = re.compile(r'(/minserve/rank/__main__\.py", line \d+ in main)\n(?:  File .*\n?)+')
 # minserve's own threads in a rank say nothing about a handler.
 _OURS = re.compile(r"/minserve/rank/(?:vitals\.py\", line \d+ in _beat|process\.py\", line \d+ in watch)")
 
@@ -53,7 +55,7 @@ class StackFile:
                 written = file.read(MAX_BYTES).decode("utf-8", "replace")
         except OSError:  # the group has ended meanwhile
             return ""
-        threads = re.split(r"\n(?=Thread |Current thread )", written)
+        threads = re.split(r"\n(?=Thread |Current thread )", _BEGINNING.sub(r"\1\n", written))
         return "\n\n".join(thread.strip() for thread in threads if not _OURS.search(thread)).strip()
 
     def _length(self) -> int:

@@ -12,7 +12,7 @@ from minserve.worker.keeper import Keeper
 from minserve.worker.worker import Worker
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping, Sequence
+    from collections.abc import Callable, Sequence
     from pathlib import Path
 
     from minserve.dispatch.dispatcher import Dispatcher
@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from minserve.worker.devices import DeviceAllocator
     from minserve.worker.reports import WorkerReport
     from minserve.worker.spec import ModelSpec
+    from minserve.worker.starter import Starter
 
 logger = logging.getLogger(__name__)
 
@@ -44,7 +45,7 @@ class Crew:
         directory: Path,
         dispatcher: Dispatcher,
         devices: DeviceAllocator,
-        environ: Mapping[str, str],
+        starter: Starter,
         events: EventLog,
         on_given_up: Callable[[Keeper, WorkerFailed], None],
         on_change: Callable[[], None],
@@ -52,7 +53,7 @@ class Crew:
         self._directory = directory
         self._dispatcher = dispatcher
         self._devices = devices
-        self._environ = environ
+        self._starter = starter
         self._events = events
         self._on_given_up = on_given_up
         self._on_change = on_change
@@ -81,7 +82,7 @@ class Crew:
                 and not any(_overlap(number, spec.world_size, other.addresses) for other in others)
             )
             worker = Worker(
-                *(spec, number, self._directory, self._dispatcher, self._devices, self._environ, self._events)
+                *(spec, number, self._directory, self._dispatcher, self._devices, self._starter, self._events)
             )
             keeper = Keeper(worker, spec, self._events, self._on_change, self._on_given_up)
             worker.comeback = lambda served, keeper=keeper: self._comeback(keeper, served)  # type: ignore[misc]

@@ -40,6 +40,7 @@ if TYPE_CHECKING:
     from minserve.worker.endpoints import Endpoints
     from minserve.worker.recorder import Recorder
     from minserve.worker.spec import ModelSpec
+    from minserve.worker.starter import Starter
 
 logger = logging.getLogger(__name__)
 
@@ -68,7 +69,7 @@ class RankGroup:
         slot: int,
         directory: Path,
         devices: Devices,
-        environ: Mapping[str, str],
+        starter: Starter,
         on_free: Callable[[], None],
         on_lost: Callable[[list[Request], MinServeError, bool], None],
         on_event: Callable[[EventKind, str, int, int], None],
@@ -78,7 +79,7 @@ class RankGroup:
         self._who = who
         self._site = Site(spec, who, slot, directory)
         self._devices = devices
-        self._environ = environ
+        self._starter = starter
         self._on_free = on_free
         self._on_lost = on_lost
         self._on_event = on_event
@@ -101,8 +102,8 @@ class RankGroup:
 
     # ── start ──
 
-    def launch(self) -> None:
-        """Binds the endpoints and spawns torchrun.
+    async def launch(self) -> None:
+        """Binds the endpoints and starts torchrun.
 
         Raises:
             WorkerFailed: no ports, or the process cannot be started.
@@ -112,9 +113,9 @@ class RankGroup:
         secret = secrets.token_hex(16)
         self._expected = Expected(spec.world_size, self._incarnation, secret)
         launch = launcher.plan(
-            spec, endpoints, self._devices, self._site.path, self._incarnation, secret, self._environ
+            spec, endpoints, self._devices, self._site.path, self._incarnation, secret, self._starter.environ
         )
-        self._members.start(launch, self._environ, self._site)
+        await self._members.start(launch, self._starter, self._site)
 
     async def connect(self, accept_timeout: float) -> None:
         """Accepts exactly N ranks.

@@ -33,11 +33,20 @@ _open_files = resource.getrlimit(resource.RLIMIT_NOFILE)  # as the user set it, 
 
 @dataclass(frozen=True, slots=True)
 class Launch:
-    """What to run. `added` is the part of the environment that minserve sets; the rest is the server's own."""
+    """What to run.
+
+    Attributes:
+        added: the part of the environment that minserve sets; the rest is the server's own.
+        warm: what the warm launcher forks in the command's place, if it can: torchrun with these arguments, without any a
+            rank; None: it is not to be asked.
+        patient: worth waiting until there is a warm launcher.
+    """
 
     command: tuple[str, ...]
     added: Mapping[str, str]
     directory: Path
+    warm: tuple[str, ...] | None = None
+    patient: bool = False
 
 
 def plan(
@@ -57,11 +66,12 @@ def plan(
         incarnation: unlike any other of this server; also the rendezvous id.
     """
     rank, python = ("-m", "minserve.rank"), spec.python or sys.executable
-    if spec.config.is_parallel:
-        torchrun = _torchrun(spec.config.torchrun, spec.world_size, run_directory, incarnation)
-        command = (python, "-m", "torch.distributed.run", *torchrun, *rank)
+    parallel = spec.config.is_parallel
+    if parallel:
+        warm = (*_torchrun(spec.config.torchrun, spec.world_size, run_directory, incarnation), *rank)
+        command = (python, "-m", "torch.distributed.run", *warm)
     else:
-        command = (python, "-u", *rank)
+        warm, command = (), (python, "-u", *rank)
     added = {
         "MINSERVE_ENDPOINT": endpoints.prefix,
         "MINSERVE_BASE": str(endpoints.base),
@@ -73,13 +83,15 @@ def plan(
         "OMP_NUM_THREADS": str(spec.config.torchrun.omp_num_threads),
         **_interfaces(environ),
     }
-    if not spec.config.is_parallel:
+    if not parallel:
         added |= {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "LOCAL_WORLD_SIZE": "1"}
     if spec.bare_log:
         added["MINSERVE_BARE_LOG"] = "1"
     if devices.mask is not None:
         added["CUDA_VISIBLE_DEVICES"] = devices.mask
-    return Launch(command, added, spec.model_dir)
+    if spec.launcher == "torchrun" or spec.python or spec.config.torchrun.rdzv_backend == "static":
+        return Launch(command, added, spec.model_dir)  # static: `torchrun` itself, not its agent, reads that
+    return Launch(command, added, spec.model_dir, warm, patient=parallel or spec.launcher == "warm")
 
 
 def _torchrun(options: TorchrunConfig, world_size: int, run_directory: Path, incarnation: str) -> list[str]:
@@ -127,8 +139,8 @@ def _interfaces(environ: Mapping[str, str]) -> dict[str, str]:
     return {name: loopback for name in names if loopback and not environ.get(name)}
 
 
-def spawn(launch: Launch, environ: Mapping[str, str]) -> subprocess.Popen[bytes]:
-    """Starts it, with its output on a non-blocking pipe.
+def spawn(launch: Launch, environ: Mapping[str, str], inherited: tuple[int, ...] = ()) -> subprocess.Popen[bytes]:
+    """Starts it, with its output on a non-blocking pipe and, if need be, some open files.
 
     Call it from the event loop's thread: the kernel ties PR_SET_PDEATHSIG to the thread that forked, so that thread must
     live as long as the server.
@@ -150,6 +162,7 @@ def spawn(launch: Launch, environ: Mapping[str, str]) -> subprocess.Popen[bytes]
         stderr=subprocess.STDOUT,
         start_new_session=True,  # Ctrl-C on the terminal is for the server, which then drains
         preexec_fn=before_exec,
+        pass_fds=inherited,
     )
     assert process.stdout is not None
     os.set_blocking(process.stdout.fileno(), False)

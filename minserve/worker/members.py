@@ -7,15 +7,14 @@ import logging
 from typing import TYPE_CHECKING
 
 from minserve.errors import WorkerFailed
-from minserve.worker import launcher
 from minserve.worker.processes import Watch, kill_leftovers, kill_tree
 
 if TYPE_CHECKING:
-    import subprocess
-    from collections.abc import Callable, Mapping
+    from collections.abc import Callable
 
     from minserve.worker.launcher import Launch
     from minserve.worker.site import Site
+    from minserve.worker.starter import Child, Starter
 
 logger = logging.getLogger(__name__)
 
@@ -41,26 +40,23 @@ class Members:
         self._incarnation = incarnation
         self._agent = agent
         self._on_exit = on_exit
-        self._process: subprocess.Popen[bytes] | None = None
+        self._agent_process: Child | None = None
         self._watches: list[Watch] = []
         self.agent_pid = 0
         self.pids: dict[int, int] = {}
 
-    def start(self, launch: Launch, environ: Mapping[str, str], site: Site) -> None:
-        """Spawns the agent; `site` reads what it prints.
+    async def start(self, launch: Launch, starter: Starter, site: Site) -> None:
+        """Starts the agent; `site` reads what it prints.
 
         Raises:
             WorkerFailed: the process cannot be started.
         """
-        logger.debug("%s: %s", self._who, " ".join(launch.command))
         try:
-            self._process = launcher.spawn(launch, environ)
+            self._agent_process = await starter.start(launch, self._who)
         except OSError as error:
             raise WorkerFailed(f"{self._who}: cannot start {launch.command[0]}: {error}") from None
-        self.agent_pid = self._process.pid
-        assert self._process.stdout is not None
-        site.read_agent(self._process.stdout.fileno())
-        self._process.stdout.close()
+        self.agent_pid = self._agent_process.pid
+        site.read_agent(self._agent_process.output)
         self._watches.append(Watch(self.agent_pid, self._agent_exited))
 
     def add(self, rank: int, pid: int) -> None:
@@ -72,8 +68,8 @@ class Members:
             self._watches.append(Watch(pid, lambda code: self._on_exit(rank, pid, code)))
 
     def _agent_exited(self, code: int | None) -> None:
-        assert self._process is not None
-        self._process.wait()  # it is a zombie now, so this does not block
+        assert self._agent_process is not None
+        self._agent_process.reap()  # it is a zombie now, so this does not block
         self._on_exit(self._agent, self.agent_pid, code)
 
     async def ranks_gone(self, timeout: float) -> None:

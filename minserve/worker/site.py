@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import shutil
 from typing import TYPE_CHECKING
 
@@ -69,8 +68,8 @@ class Site:
         return self.endpoints
 
     def read_agent(self, pipe: int) -> None:
-        """From now on torchrun's output is read, too: from a duplicate of its pipe."""
-        self.outputs[AGENT] = Output(os.dup(pipe), f"{self._who} torchrun", TAIL_LINES + REPORT_LINES)
+        """From now on torchrun's output is read, too. Takes over the pipe."""
+        self.outputs[AGENT] = Output(pipe, f"{self._who} torchrun", TAIL_LINES + REPORT_LINES)
 
     def last_lines(self, ranks: Iterable[int]) -> tuple[str, ...]:
         """The last lines that these have printed. AGENT's are those before its report of a failure."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 from minserve.worker.outstanding import Limits
 
@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from minserve.config.model import ModelConfig
 
 
+Launcher = Literal["", "warm", "torchrun"]
 USUAL_VERSION = "1.0"  # of a model that names none
 
 
@@ -35,6 +36,7 @@ class ModelSpec:
         runtime: of the manifest: python or python3.
         limit_max_image_pixels, decode_input: the server's options, for the ranks.
         metrics: the declared model metrics as JSON, see `Load.metrics`.
+        launcher: what starts its processes: warm, torchrun, or "": the warm launcher where it is worth it.
         python: interpreter of the model's own virtual environment; "" for the server's.
     """
 
@@ -57,6 +59,7 @@ class ModelSpec:
     limit_max_image_pixels: bool = True
     decode_input: bool = True
     metrics: str = ""
+    launcher: Launcher = ""
     python: str = ""
 
     @property

@@ -15,7 +15,7 @@ from minserve.worker.starting import Starting
 from minserve.worker.states import State
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping
+    from collections.abc import Callable
     from pathlib import Path
 
     from minserve.dispatch.dispatcher import Dispatcher
@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from minserve.worker.keeper import Keeper
     from minserve.worker.reports import WorkerReport
     from minserve.worker.spec import ModelSpec
+    from minserve.worker.starter import Starter
     from minserve.worker.worker import Worker
 
 logger = logging.getLogger(__name__)
@@ -43,14 +44,14 @@ class Supervisor:
         directory: Path,
         dispatcher: Dispatcher,
         devices: DeviceAllocator,
-        environ: Mapping[str, str],
+        starter: Starter,
         events: EventLog,
         on_change: Callable[[], None],
     ) -> None:
         self._spec = spec
         self._dispatcher = dispatcher
         self._events = events
-        self._crew = Crew(directory, dispatcher, devices, environ, events, self._given_up, self._changed)
+        self._crew = Crew(directory, dispatcher, devices, starter, events, self._given_up, self._changed)
         self._on_change = on_change
         self._starting = Starting(self._crew)
         self._autoscaler = Autoscaler(spec.name, self._crew, dispatcher, events, self._revive)

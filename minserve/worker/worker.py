@@ -15,7 +15,7 @@ from minserve.worker.reports import RankReport, WorkerReport
 from minserve.worker.states import State, Trigger, after
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping
+    from collections.abc import Callable
     from pathlib import Path
 
     from minserve.dispatch.dispatcher import Dispatcher
@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from minserve.worker.devices import DeviceAllocator, Devices
     from minserve.worker.recorder import Recorder
     from minserve.worker.spec import ModelSpec
+    from minserve.worker.starter import Starter
 
 logger = logging.getLogger(__name__)
 
@@ -50,7 +51,7 @@ class Worker:
         directory: Path,
         dispatcher: Dispatcher,
         devices: DeviceAllocator,
-        environ: Mapping[str, str],
+        starter: Starter,
         events: EventLog,
     ) -> None:
         self._spec = spec
@@ -58,7 +59,7 @@ class Worker:
         self._directory = directory
         self._dispatcher = dispatcher
         self._allocator = devices
-        self._environ = environ
+        self._starter = starter
         self._events = events
         self.who = f"{spec.title}/{number}"
         self.comeback: Callable[[bool], float | None] = lambda served: None
@@ -122,11 +123,11 @@ class Worker:
             self.reserve()
             assert self._devices is not None
             self._group = RankGroup(
-                *(self._spec, self.who, self.number, self._directory, self._devices, self._environ),
+                *(self._spec, self.who, self.number, self._directory, self._devices, self._starter),
                 *(self._on_free, self._dispatcher.retry, self._happened, self._dispatcher.meters),
             )
             self._group.failed.add_done_callback(self._set_retry_after)
-            self._group.launch()
+            await self._group.launch()
             self._on(Trigger.LAUNCHED)
             await self._group.connect(min(options.accept_timeout, self._spec.startup_timeout))
             self._on(Trigger.CONNECTED)

@@ -133,7 +133,7 @@ def test_a_killed_server_takes_its_ranks_along_and_the_next_one_starts() -> None
         thread.start()
         until(lambda: running.states("faulty") == ["BUSY"])
         family = running.family()
-        assert len(family) == 4  # torchrun, two ranks, and the guardian
+        assert len(family) == 5  # the agent, two ranks, the warm launcher and the guardian
         running.process.kill()
         running.process.wait()
         thread.join(10)

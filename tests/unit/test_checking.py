@@ -52,6 +52,7 @@ def test_a_worker_is_described_with_all_that_a_start_would_run(environ: dict[str
         "    NCCL_SOCKET_IFNAME=lo",
         "    OMP_NUM_THREADS=1",
         f"    PYTHONPATH={COMPAT}:/models/m",
+        "  launcher: warm: forked to do what the command would",
         f"  command: {sys.executable} -m torch.distributed.run --nnodes 1 --nproc-per-node 2 --rdzv-backend c10d "
         f"--rdzv-conf store_type=file --rdzv-endpoint {directory}/0.r/rdzv --rdzv-id INCARNATION "
         f"--local-addr 127.0.0.1 --max-restarts 0 --log-dir {directory}/0.r/elastic -m minserve.rank",

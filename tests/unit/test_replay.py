@@ -47,7 +47,7 @@ class FakeGroup:
         self._on_lost = on_lost
         FakeGroup.made.append(self)
 
-    def launch(self) -> None:
+    async def launch(self) -> None:
         assert self.directory.is_dir()
         self.calls.append("launch")
 

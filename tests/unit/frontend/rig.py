@@ -6,7 +6,7 @@ import inspect
 import re
 import socket
 import struct
-from collections.abc import AsyncIterator, Callable, Mapping
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from pathlib import Path
 from types import MethodType, TracebackType
@@ -32,6 +32,8 @@ from minserve.worker.devices import DeviceAllocator, Inventory
 from minserve.worker.reports import WorkerReport
 from minserve.worker.runtime import RuntimeDirectory
 from minserve.worker.spec import ModelSpec
+from minserve.worker.starter import Starter
+from tests.unit.worker.groups import no_starter
 from tests.unit.worker.specs import make_spec
 
 MAX_BODY = 1000
@@ -55,7 +57,7 @@ class FakeSupervisor:
         directory: Path,
         dispatcher: Dispatcher,
         devices: DeviceAllocator,
-        environ: Mapping[str, str],
+        starter: Starter,
         events: EventLog,
         on_change: Callable[[], None],
     ) -> None:
@@ -212,7 +214,7 @@ class Rig:
         self._express = express
         self._keys = keys
         self._now = 1000.0
-        self.registry = Registry(FakeRuntime(), Inventory(), {}, lambda: None, options)
+        self.registry = Registry(FakeRuntime(), Inventory(), no_starter(), lambda: None, options)
         self.lane = Lane()
         self.add("m").attach(self.lane)
 

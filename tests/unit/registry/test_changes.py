@@ -27,7 +27,7 @@ from minserve.registry.watch import watch
 from minserve.wire.messages import RequestMeta
 from minserve.worker.devices import Inventory
 from tests.unit.registry.archives import make_mar, short_runtime
-from tests.unit.worker.groups import FakeGroup, no_ranks, settle
+from tests.unit.worker.groups import FakeGroup, no_ranks, no_starter, settle
 from tests.unit.worker.specs import until
 
 pytestmark = pytest.mark.asyncio
@@ -42,7 +42,7 @@ class Home:
         self.runtime = short_runtime(folder)
         self.options = ServerOptions.model_validate({"model_store": str(self.store), **options})
         self.changes = 0
-        self.registry = Registry(self.runtime, Inventory(), {}, lambda: None, self.options)
+        self.registry = Registry(self.runtime, Inventory(), no_starter(), lambda: None, self.options)
         self.registry.on_models_changed = self._changed
 
     def _changed(self) -> None:

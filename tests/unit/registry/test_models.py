@@ -5,6 +5,7 @@ from minserve.errors import ConfigError, ModelNotFound, ModelUnhealthy, ModelVer
 from minserve.registry.models import Registry, ValidModel
 from minserve.worker.devices import Inventory
 from tests.unit.frontend.rig import FakeRuntime, FakeSupervisor
+from tests.unit.worker.groups import no_starter
 from tests.unit.worker.specs import make_spec
 
 TWO = Inventory(("0", "1"))
@@ -13,7 +14,7 @@ TWO = Inventory(("0", "1"))
 @pytest.fixture
 def registry(monkeypatch: pytest.MonkeyPatch) -> Registry:
     monkeypatch.setattr("minserve.registry.making.Supervisor", FakeSupervisor)
-    return Registry(FakeRuntime(), TWO, {}, lambda: None)
+    return Registry(FakeRuntime(), TWO, no_starter(), lambda: None)
 
 
 @pytest.mark.asyncio
@@ -40,7 +41,7 @@ async def test_a_broken_model_is_known_but_cannot_answer(registry: Registry) -> 
 
 @pytest.mark.asyncio
 async def test_in_the_place_of_torchserve_a_broken_model_is_none() -> None:
-    registry = Registry(FakeRuntime(), TWO, {}, lambda: None, ServerOptions(lenient=True))
+    registry = Registry(FakeRuntime(), TWO, no_starter(), lambda: None, ServerOptions(lenient=True))
     registry.broken = {"c": ConfigError("no")}
     with pytest.raises(ModelNotFound):
         registry.find("c")

@@ -2,7 +2,6 @@
 
 import asyncio
 import math
-from collections.abc import Mapping
 from pathlib import Path
 from typing import ClassVar
 
@@ -17,6 +16,7 @@ from minserve.worker.blame import Cause, What
 from minserve.worker.devices import DeviceAllocator, Devices, Inventory
 from minserve.worker.endpoints import Endpoints
 from minserve.worker.spec import ModelSpec
+from minserve.worker.starter import Starter
 from minserve.worker.supervisor import Supervisor
 from minserve.worker.worker import Worker
 from tests.unit.worker.specs import make_spec, model_config
@@ -40,7 +40,7 @@ class FakeGroup:
         slot: int,
         directory: Path,
         devices: Devices,
-        environ: Mapping[str, str],
+        starter: Starter,
         on_free: object,
         *more: object,
     ) -> None:
@@ -73,7 +73,7 @@ class FakeGroup:
         if name in self.failing:
             raise self.failing[name]
 
-    def launch(self) -> None:
+    async def launch(self) -> None:
         self.calls.append("launch")
         if "launch" in self.failing:
             raise self.failing["launch"]
@@ -193,7 +193,8 @@ class House:
         self.events = EventLog("m")
         self.changes = 0
         self.supervisor = Supervisor(
-            *(self.spec, count, Path("/run/m1"), self.dispatcher, self.allocator, {}, self.events), self._changed
+            *(self.spec, count, Path("/run/m1"), self.dispatcher, self.allocator, no_starter(), self.events),
+            self._changed,
         )
 
     def _changed(self) -> None:
@@ -227,6 +228,11 @@ class House:
 
     def details(self, kind: EventKind) -> list[str]:
         return [event.detail for event in self.events.latest() if event.kind is kind]
+
+
+def no_starter() -> Starter:
+    """For groups without processes."""
+    return Starter({}, Path("/run"))
 
 
 async def settle() -> None:

@@ -11,7 +11,7 @@ from minserve.telemetry.events import EventLog
 from minserve.worker.crew import Crew
 from minserve.worker.devices import DeviceAllocator, Inventory
 from tests.fakes import in_fake_time
-from tests.unit.worker.groups import FakeGroup, crew_spec, no_ranks, settle
+from tests.unit.worker.groups import FakeGroup, crew_spec, no_ranks, no_starter, settle
 
 
 @pytest.fixture(autouse=True)
@@ -22,7 +22,8 @@ def fake_groups(monkeypatch: pytest.MonkeyPatch) -> None:
 def make_crew(devices: int = 0) -> Crew:
     dispatcher = Dispatcher(asyncio.get_running_loop(), "m", 1, 0.0, 10)
     allocator = DeviceAllocator(Inventory(tuple(map(str, range(devices)))))
-    return Crew(*(Path("/run/m1"), dispatcher, allocator, {}, EventLog("m")), lambda keeper, error: None, lambda: None)
+    places = (Path("/run/m1"), dispatcher, allocator, no_starter(), EventLog("m"))
+    return Crew(*places, lambda keeper, error: None, lambda: None)
 
 
 def numbers(crew: Crew) -> list[int]:

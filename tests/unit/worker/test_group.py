@@ -49,6 +49,7 @@ from minserve.worker.blame import DEATH_GATHER_S
 from minserve.worker.devices import Devices
 from minserve.worker.group import RankGroup
 from minserve.worker.launcher import Launch
+from minserve.worker.starter import Starter
 from tests.unit.worker.agents import torchrun_says
 from tests.unit.worker.specs import make_spec, model_config, until
 
@@ -127,7 +128,7 @@ class Setup:
         spec = make_spec(ranks, model_dir=self.directory, config=config)
         object.__setattr__(spec, "response_timeout", response_timeout)
         self._group = RankGroup(
-            *(spec, "m/0", 0, self.directory, Devices(), {"PATH": os.environ["PATH"]}),
+            *(spec, "m/0", 0, self.directory, Devices(), Starter({"PATH": os.environ["PATH"]}, self.directory)),
             *(self._free, self._lose, lambda kind, detail, rank, pid: self.events.append(kind)),
         )
         self.world_size = ranks
@@ -155,7 +156,7 @@ class Setup:
 
     async def connected(self, ranks: int = 2, **options: object) -> RankGroup:
         group = self.group(ranks, **options)
-        group.launch()
+        await group.launch()
         connect = asyncio.create_task(group.connect(10))
         await self.arrive(*range(ranks))
         await connect
@@ -262,7 +263,7 @@ async def test_ranks_that_do_not_go_when_asked_are_killed(setup: Setup) -> None:
 async def test_a_missing_rank_is_named(setup: Setup) -> None:
     group = setup.group(3)
     setup.agent = ("sh", "-c", "echo rank 1: no module named torch >&2; exec sleep 600")
-    group.launch()
+    await group.launch()
     connect = asyncio.create_task(group.connect(0.3))
     await setup.arrive(2)
     with pytest.raises(WorkerFailed) as caught:
@@ -285,7 +286,7 @@ async def test_an_agent_that_dies_ends_the_wait_for_the_ranks(
 ) -> None:
     setup.agent = agent
     group = setup.group()
-    group.launch()
+    await group.launch()
     with pytest.raises(WorkerFailed) as caught:
         await group.connect(30)
     assert str(caught.value) == f"m/0: torchrun (pid {group.agent_pid}) {message}"
@@ -297,7 +298,7 @@ async def test_a_rank_that_ends_before_it_connects_is_named_with_its_lines(setup
     said.write_text("no libcuda.so for me\n" + torchrun_says({1: 7, 0: -15}, first=1))
     setup.agent = ("sh", "-c", f"cat {said}; exit 1")
     group = setup.group()
-    group.launch()
+    await group.launch()
     with pytest.raises(WorkerFailed) as caught:
         await group.connect(30)
     assert str(caught.value) == "m/0: rank 1 (pid 1001) exited with code 7"
@@ -311,7 +312,7 @@ async def test_a_rank_that_torchrun_terminates_before_all_have_come_is_not_blame
     os.mkfifo(go)
     setup.agent = ("sh", "-c", f"read line < {go}; sleep {3 * DEATH_GATHER_S}; cat {said}; exit 1")
     group = setup.group()
-    group.launch()
+    await group.launch()
     connect = asyncio.create_task(group.connect(30))
     await setup.arrive(1)
     await until(lambda: group.pids)
@@ -335,13 +336,13 @@ async def test_a_process_that_cannot_be_started_is_a_failed_start_that_leaves_no
 
         monkeypatch.setattr(launcher, "spawn", fails)
     with pytest.raises(WorkerFailed, match=f"m/0: cannot start {agent[0]}: "):
-        group.launch()
+        await group.launch()
 
 
 async def test_ranks_that_come_just_as_the_group_fails_are_let_go(setup: Setup) -> None:
     """The death is seen in the same turn of the loop as the last HELLO."""
     group = setup.group(1)
-    group.launch()
+    await group.launch()
     connect = asyncio.create_task(group.connect(10))
     await setup.arrive(0)
     await until(lambda: group.pids)

@@ -11,7 +11,7 @@ from minserve.worker.devices import DeviceAllocator, Inventory
 from minserve.worker.recorder import Recorder
 from minserve.worker.worker import Worker
 from tests.unit.worker.broadcasts import Group, failure, request
-from tests.unit.worker.groups import FakeGroup, no_ranks
+from tests.unit.worker.groups import FakeGroup, no_ranks, no_starter
 from tests.unit.worker.specs import make_spec
 
 pytestmark = pytest.mark.asyncio
@@ -183,7 +183,7 @@ def make_worker(monkeypatch: pytest.MonkeyPatch) -> Worker:
     monkeypatch.setattr("minserve.worker.worker.RankGroup", RecordedGroup)
     dispatcher = Dispatcher(asyncio.get_running_loop(), "m", 1, 0.0, 10)
     devices = DeviceAllocator(Inventory())
-    return Worker(make_spec(), 0, Path("/run/m1"), dispatcher, devices, {}, EventLog("m"))
+    return Worker(make_spec(), 0, Path("/run/m1"), dispatcher, devices, no_starter(), EventLog("m"))
 
 
 def recorder_of(group: FakeGroup) -> Recorder | None:

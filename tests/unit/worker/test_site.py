@@ -42,7 +42,6 @@ async def test_a_report_of_torchrun_does_not_push_out_what_the_rank_has_said(tmp
     site.open()
     reader, writer = os.pipe2(os.O_NONBLOCK)
     site.read_agent(reader)
-    os.close(reader)
     words = [f"word {number}" for number in range(30)]
     os.write(
         writer, ("\n".join(words) + "\n" + torchrun_says(dict.fromkeys(range(8), -15) | {5: -9}, first=5)).encode()

@@ -14,7 +14,7 @@ from minserve.worker.devices import DeviceAllocator, Inventory
 from minserve.worker.reports import RankReport
 from minserve.worker.states import State
 from minserve.worker.worker import Worker
-from tests.unit.worker.groups import FakeGroup, no_ranks
+from tests.unit.worker.groups import FakeGroup, no_ranks, no_starter
 from tests.unit.worker.specs import make_spec, model_config, until
 
 pytestmark = pytest.mark.asyncio
@@ -33,7 +33,7 @@ class Setup:
         self.allocator = DeviceAllocator(inventory)
         self.events = EventLog("m")
         spec = make_spec(2, config=model_config("tp", minserve, parallel_level=2))
-        self.worker = Worker(spec, number, Path("/run/m1"), self.dispatcher, self.allocator, {}, self.events)
+        self.worker = Worker(spec, number, Path("/run/m1"), self.dispatcher, self.allocator, no_starter(), self.events)
 
     def state(self) -> State:
         return self.worker.state

@@ -1,0 +1,76 @@
+"""The agent of a rank group in a fork of the warm launcher: torchrun's own code, but its ranks are forks.
+
+The arguments are those of a plain torchrun, read by torchrun's parser; the agent, its rendezvous and its monitoring are
+torch.distributed.elastic's. Only the start of a rank differs: `fork` with a function in place of an exec.
+"""
+
+from __future__ import annotations
+
+import faulthandler
+import os
+import signal
+import sys
+from typing import TYPE_CHECKING, NoReturn
+
+from minserve.rank import forked, process
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+_HANDLED = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT)  # by torchrun, to end its ranks
+
+
+def run(arguments: Sequence[str]) -> None:
+    """Runs torchrun with these arguments.
+
+    Raises:
+        ChildFailedError: a rank has failed; also whatever else torchrun ends with.
+    """
+    from torch.distributed.elastic.multiprocessing.errors import record
+    from torch.distributed.launcher.api import elastic_launch
+    from torch.distributed.run import config_from_args, parse_args
+
+    options = parse_args(list(arguments))  # type: ignore[no-untyped-call]
+    options.start_method = "fork"
+    config, _, _ = config_from_args(options)
+    agent = os.getpid()
+    _guard_forks(agent)
+
+    def rank() -> None:
+        _become_rank(agent)
+
+    rank.__name__ = rank.__qualname__ = "minserve.rank"  # in what torchrun reports
+    record(elastic_launch(config, rank))()
+
+
+def _guard_forks(agent: int) -> None:
+    """A signal that comes while a rank is forked waits, and then meets the rank's own handlers, not torchrun's.
+
+    Those would raise in the middle of the fork, and the rank would seem to have exited by itself.
+    """
+
+    def block() -> None:
+        if os.getpid() == agent:
+            signal.pthread_sigmask(signal.SIG_BLOCK, _HANDLED)
+
+    def in_agent() -> None:
+        if os.getpid() == agent:
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, _HANDLED)
+
+    def in_rank() -> None:
+        if os.getppid() == agent:
+            forked.reset_signals()
+
+    os.register_at_fork(before=block, after_in_parent=in_agent, after_in_child=in_rank)
+
+
+def _become_rank(agent: int) -> NoReturn:
+    """In the rank, with its environment set, deep inside multiprocessing. It never comes back."""
+    os.setsid()
+    if not process.die_with(agent):
+        os._exit(1)
+    faulthandler.disable()  # the agent's code has enabled it
+    # The objects that own these stay referenced by the frames above to the end, so none of the numbers is closed again.
+    os.closerange(3, os.sysconf("SC_OPEN_MAX"))
+    sys.stdin = open(0, closefd=False)  # noqa: SIM115  # multiprocessing's is among those closed
+    forked.leave(forked.run_rank)
