@@ -70,7 +70,6 @@ def _become_rank(agent: int) -> NoReturn:
     if not process.die_with(agent):
         os._exit(1)
     faulthandler.disable()  # the agent's code has enabled it
-    # The objects that own these stay referenced by the frames above to the end, so none of the numbers is closed again.
-    os.closerange(3, os.sysconf("SC_OPEN_MAX"))
+    forked.close_files()  # their owners stay referenced by the frames above to the end
     sys.stdin = open(0, closefd=False)  # noqa: SIM115  # multiprocessing's is among those closed
     forked.leave(forked.run_rank)

@@ -6,6 +6,7 @@ What cannot be made up for after the fork, `Origin.why_not` finds out before it.
 from __future__ import annotations
 
 import atexit
+import contextlib
 import ctypes
 import importlib
 import itertools
@@ -48,7 +49,7 @@ class Origin:
         names = {name for name in environ.keys() | self.environ.keys() if environ.get(name) != self.environ.get(name)}
         if late := sorted(name for name in names if not LATE.fullmatch(name)):
             return f"the launcher was started with another value of {', '.join(late)}"
-        loaded = {name.partition(".")[0] for name in sys.modules} | set(AT_STARTUP)
+        loaded = {name.partition(".")[0] for name in sys.modules} - {"__main__"} | set(AT_STARTUP)
         for folder in dict.fromkeys([directory, *_entries(environ, directory)]):
             if folder not in self._entries and (hidden := sorted(loaded & set(_modules(folder)))):
                 return f"{folder} has a {hidden[0]} of its own"
@@ -90,6 +91,14 @@ def _modules(folder: str) -> Iterable[str]:
                     yield entry.name.partition(".")[0]
     except OSError:
         return
+
+
+def close_files() -> None:
+    """Closes all but stdin, stdout and stderr. Their owners must never come to close the numbers once more."""
+    for name in os.listdir("/proc/self/fd"):  # not os.closerange: up to the limit it may be a billion calls
+        if int(name) > 2:
+            with contextlib.suppress(OSError):  # that of the listing itself
+                os.close(int(name))
 
 
 def reset_signals() -> None:

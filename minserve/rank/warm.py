@@ -59,7 +59,7 @@ def _start(start: Start, output: int, origin: forked.Origin, server: int) -> Sta
     def run() -> NoReturn:
         os.dup2(output, 1)
         os.dup2(output, 2)
-        os.closerange(3, os.sysconf("SC_OPEN_MAX"))
+        forked.close_files()
         os.setsid()
         forked.leave(main)
 

@@ -28,8 +28,9 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-READY_S = 60.0  # importing torch takes two; from a cold disk, on a busy machine, more
+READY_S = 30.0  # importing torch takes two; from a cold disk, on a busy machine, more
 ANSWER_S = 5.0  # a fork takes milliseconds
+END_S = 0.5  # from the end of its socket to its own
 # Room for the environments of forks, which take the place of the launcher's own in /proc/<pid>/environ.
 _ROOM = "-" * 2048
 
@@ -82,7 +83,7 @@ class WarmLauncher:
         self._watch = Watch(self._process.pid, self._exited)
         self._is_ready: asyncio.Future[bool] = self._loop.create_future()
         self._answers: deque[asyncio.Future[Answer | None]] = deque()  # None: it has died
-        self._dismissed = False
+        self._dismissed = self._gave_up = False
         logger.debug("warm launcher: pid %d", self._process.pid)
 
     @property
@@ -97,8 +98,8 @@ class WarmLauncher:
 
     @property
     def useless(self) -> bool:
-        """Whether it has ended before it was ready, as another one would."""
-        return self.ended and self._is_ready.done() and not self._is_ready.result()
+        """Whether it has ended by itself before it was ready, as another one would."""
+        return self._gave_up
 
     async def close(self) -> None:
         """Ends it. What it has forked goes on."""
@@ -177,9 +178,9 @@ class WarmLauncher:
             self._is_ready.set_result(True)
         elif answer is not None:
             self._answers.popleft().set_result(answer)
-        else:
+        else:  # most likely it ends just now, and its exit code says more than that it was killed
             self._loop.remove_reader(self._socket)
-            self._process.kill()
+            self._loop.call_later(END_S, self._process.kill)
 
     def _exited(self, code: int | None) -> None:
         self._process.wait()  # it is a zombie now, so this does not block
@@ -192,6 +193,7 @@ class WarmLauncher:
             )
         if not self._is_ready.done():
             self._is_ready.set_result(False)
+            self._gave_up = code is not None and code >= 0
         for answer in self._answers:
             answer.set_result(None)
 

@@ -142,14 +142,16 @@ class ChaosServer:
         return found
 
     def strangers(self, agents: Collection[int]) -> list[str]:
-        """Those that are neither of these workers nor the guardian. A rank's helpers have their worker's incarnation."""
+        """Those of no worker, and not guardian or launcher. A rank's helpers have their worker's incarnation."""
         due = {_incarnation(pid) for pid in agents}
+        launcher = f"MINSERVE_DIRECTORY={self._runtime}/minserve-{self.pid}/warm".encode()
         guardian = str(self._runtime / f"minserve-{self.pid}")
         found = []
         for process in self.processes():
             with contextlib.suppress(psutil.Error):
                 words = process.cmdline()
-                if _incarnation(process.pid) not in due and guardian not in words:
+                ours = guardian in words or launcher in environment(process.pid)
+                if _incarnation(process.pid) not in due and not ours:
                     found.append(f"{process.pid} ({' '.join(words)[-80:]})")
         return found
 

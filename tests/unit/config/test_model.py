@@ -117,6 +117,7 @@ minserve:
   probeInterval: 5
   scaleUpWait: 0.5
   scaleDownIdle: 10
+  launcher: warm
   predictOn: all
 handler: {model_path: weights, profile: true}
 pippy: {chunks: 1}

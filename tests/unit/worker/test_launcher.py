@@ -13,6 +13,7 @@ from minserve.config.model import ModelConfig
 from minserve.worker.devices import Devices
 from minserve.worker.endpoints import Endpoints
 from minserve.worker.launcher import Launch, plan, spawn
+from minserve.worker.spec import Launcher
 from tests.unit.worker.specs import make_spec, model_config
 
 COMPAT = str(Path(minserve.__file__).parent / "compat")
@@ -148,6 +149,29 @@ def test_the_environment(
 def test_without_a_loopback_interface_the_collectives_choose(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("socket.if_nameindex", lambda: [(2, "eth0")])
     assert not {"GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME"} & launch_of(model_config("tp"), 2).added.keys()
+
+
+@pytest.mark.parametrize(
+    ("parallel_type", "launcher", "python", "torchrun", "warm", "patient"),
+    [
+        ("tp", "", "", {}, True, True),
+        ("tp", "warm", "", {"rdzv_endpoint": "localhost:29400"}, True, True),
+        ("tp", "torchrun", "", {}, False, False),
+        ("tp", "warm", "/venv/bin/python", {}, False, False),
+        ("tp", "warm", "", {"rdzv_backend": "static"}, False, False),
+        ("", "", "", {}, True, False),
+        ("custom", "warm", "", {}, True, True),
+        ("", "torchrun", "", {}, False, False),
+    ],
+)
+def test_what_the_warm_launcher_may_do_in_the_commands_place(
+    parallel_type: str, launcher: Launcher, python: str, torchrun: dict[str, object], warm: bool, patient: bool
+) -> None:
+    config = model_config(parallel_type, torchrun=torchrun)
+    spec = dataclasses.replace(make_spec(2, config=config), launcher=launcher, python=python)
+    launch = plan(spec, Endpoints("unix:/run/w.", 0, 2), Devices(), RUN, "i", "s", {})
+    assert launch.patient == patient
+    assert launch.warm == ((launch.command[3:] if parallel_type == "tp" else ()) if warm else None)
 
 
 # ── the process ──
