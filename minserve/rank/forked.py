@@ -135,6 +135,7 @@ def _be_a_main_process() -> None:
     process._parent_process = None  # type: ignore[attr-defined]
     process._process_counter = itertools.count(1)  # type: ignore[attr-defined]
     process._children = set()  # type: ignore[attr-defined]
+    process.ORIGINAL_DIR = os.getcwd()  # type: ignore[attr-defined]
 
 
 def leave(main: Callable[[], object]) -> NoReturn:

@@ -1,8 +1,8 @@
 """The warm launcher: a process that has imported torch once, and forks the agents and ranks of all rank groups.
 
-It starts no thread and touches no device, so what it forks may do both. It is told what to fork over a socket that it has
-inherited from the server (wire/launching.py). It has no children of its own for long: what it forks becomes the server's
-child, as a plain launch is, and lives on when the launcher dies.
+It starts no thread and touches no device, so what it forks may do both; where torch's import has, it ends, and plain
+launches take over. It is told what to fork over a socket that it has inherited from the server (wire/launching.py). It has
+no children for long: what it forks becomes the server's child, as a plain launch is, and lives on when the launcher dies.
 """
 
 from __future__ import annotations
@@ -27,6 +27,8 @@ def main() -> None:
     server = os.getppid()
     connection = socket.socket(fileno=int(sys.argv[1]))
     _import()
+    if reason := _unfit():
+        sys.exit(f"no warm launcher: importing torch has {reason}, and a fork would not survive that")
     gc.collect()
     gc.freeze()  # no collection of a fork's touches, and so copies, what it shares with the others
     connection.send(encode(Ready()))
@@ -48,6 +50,19 @@ def _import() -> None:
 
     import minserve.rank.loop  # not minserve.rank.__main__: each rank runs that anew
     import minserve.rank.vitals  # noqa: F401
+
+
+def _unfit() -> str:
+    """What must not be there when a process forks: another thread, or a device that is in use. Some torch may bring it."""
+    import torch
+
+    if len(os.listdir("/proc/self/task")) > 1:
+        return "started a thread"
+    if torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
+        return "initialised CUDA"
+    links = (os.path.realpath(f"/proc/self/fd/{name}") for name in os.listdir("/proc/self/fd"))
+    device = next((link for link in links if link.startswith("/dev/nvidia")), None)
+    return f"opened {device}" if device else ""
 
 
 def _start(start: Start, output: int, origin: forked.Origin, server: int) -> Started | Refused:
