@@ -113,12 +113,13 @@ def reset_signals() -> None:
 def run_rank() -> None:
     """Runs `python -u -m minserve.rank` in this process."""
     _be_a_main_process()
+    import torch  # the launcher has
+
     threads = int(os.environ.get("OMP_NUM_THREADS", "1"))
     if threads != 1:  # the launcher's own; libgomp has read it already
-        import torch
-
         torch.set_num_threads(threads)
-    if "numpy.random" in sys.modules:  # random and torch see to it themselves
+    torch.default_generator.seed()  # random does that by itself
+    if "numpy.random" in sys.modules:
         sys.modules["numpy.random"].seed()
     sys.argv[:] = ["-m"]
     sys.orig_argv[:] = [sys.executable, "-u", "-m", "minserve.rank"]
