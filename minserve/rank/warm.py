@@ -104,7 +104,12 @@ def _fork_for(server: int, prepare: Callable[[], None], run: Callable[[], NoRetu
     """
     news, tell = os.pipe()
     wait, go = os.pipe()
-    between = os.fork()
+    try:
+        between = os.fork()
+    except OSError:
+        for file in (news, tell, wait, go):
+            os.close(file)
+        raise
     if between == 0:
         try:
             os.close(go)

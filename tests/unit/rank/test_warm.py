@@ -1,9 +1,13 @@
-"""The double fork. Everything else of the launcher needs torch: tests/integration/test_warm.py."""
+"""The double fork, and the launcher's look at itself. The rest is in tests/integration/test_warm.py."""
 
+import os
 import subprocess
 import sys
 
 import pytest
+import torch
+
+from minserve.rank import warm
 
 SERVER = """
 import ctypes, os, signal, sys, time
@@ -41,3 +45,22 @@ def test_what_is_forked_is_the_servers_child_or_nothing(adopts: bool, said: str)
     command = [sys.executable, "-c", SERVER.format(adopts=adopts)]
     ended = subprocess.run(command, capture_output=True, text=True, timeout=60, check=True)
     assert ended.stdout == said
+
+
+@pytest.mark.parametrize(
+    ("threads", "cuda", "file", "reason"),
+    [
+        (1, False, "/dev/null", ""),
+        (2, False, "/dev/null", "started a thread"),
+        (1, True, "/dev/null", "initialised CUDA"),
+        (1, False, "/dev/nvidiactl", "opened /dev/nvidiactl"),
+    ],
+)
+def test_a_launcher_that_torch_has_given_a_thread_or_a_device_is_none(
+    threads: int, cuda: bool, file: str, reason: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found = {"/proc/self/task": ["9"] * threads, "/proc/self/fd": ["0"]}
+    monkeypatch.setattr(os, "listdir", found.__getitem__)
+    monkeypatch.setattr(os.path, "realpath", lambda path: file)
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: cuda)
+    assert warm._unfit() == reason
