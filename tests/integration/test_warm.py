@@ -159,7 +159,7 @@ def test_whoever_is_killed_just_after_a_fork_leaves_nothing(running: RunningServ
     assert len(agents) == 4 + 2, "of four models, the launcher and the guardian"
 
 
-@pytest.mark.parametrize("moment", [0.0, 0.01, 0.05, 0.2])
+@pytest.mark.parametrize("moment", [0.0, 0.03])
 def test_a_server_killed_just_after_a_fork_leaves_nothing(tmp_path: Path, moment: float) -> None:
     with server(copy(tmp_path, "ranks", "warm"), options=("--log-level", "debug"), started=False) as running:
         until(lambda: "forked by the warm launcher" in running.log, 90)
