@@ -104,9 +104,8 @@ def close_files() -> None:
 def reset_signals() -> None:
     """Signals as at the start of a Python process, none blocked."""
     for number in signal.valid_signals() - {signal.SIGKILL, signal.SIGSTOP}:
-        if callable(signal.getsignal(number)):
-            signal.signal(number, signal.SIG_DFL)
-    signal.signal(signal.SIGINT, signal.default_int_handler)
+        if callable(signal.getsignal(number)):  # what is ignored stays so, as it would in an exec
+            signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
     signal.pthread_sigmask(signal.SIG_SETMASK, [])
 
 
