@@ -80,7 +80,7 @@ def _start(start: Start, output: int, origin: forked.Origin, server: int) -> Sta
 
     def main() -> None:
         os.chdir(directory)
-        origin.set_path(environ, directory)
+        origin.set_path(environ, os.getcwd())  # Python, too, takes the folder that a link leads to
         forked.reset_signals()
         if start.torchrun:
             agent.run(start.torchrun)
