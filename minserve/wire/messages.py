@@ -47,10 +47,17 @@ class Progress(Message):
 
 
 class Loaded(Message):
-    """The handler is ready. `seconds` is how long importing and initialising took; `probes` says that it offers a probe."""
+    """The handler is ready.
+
+    Attributes:
+        seconds: that importing and initialising took.
+        probes: it offers a probe.
+        in_flight: how many batches it can have at work at once; 0: it has nothing to say on that.
+    """
 
     seconds: float
     probes: bool = False
+    in_flight: int = 0
 
 
 class Failure(Message):
@@ -153,6 +160,7 @@ class Load(Message):
         predict_on: "all" ranks run the handler, or "rank0" alone.
         metrics: the model metrics that metrics_config declares, as JSON: [{"name", "type", "unit", "dimensions": [...]}].
         asynchronous: each batch is a task of its own, and the answers may come in any order.
+        in_flight: how many batches may be under way, where the configuration says so; 0: the handler may say.
     """
 
     model: str
@@ -169,6 +177,7 @@ class Load(Message):
     predict_on: str = "all"
     metrics: str = ""
     asynchronous: bool = False
+    in_flight: int = 0
 
 
 class Part(Message):

@@ -58,6 +58,7 @@ class Broadcast:
         on_lost: the worker has failed with these requests in flight; whether a rank had begun with them.
         on_event: something that costs no restart but that an operator wants to know: kind, detail, rank, pid.
         meters: of the model version.
+        behind: whether a rank is still at work on an earlier batch: rank, seq → it is.
 
     Attributes:
         batches_done: without probes.
@@ -78,6 +79,7 @@ class Broadcast:
         on_lost: Callable[[list[Request], MinServeError, bool], None],
         on_event: Callable[[EventKind, str, int, int], None],
         meters: ModelMeters | None = None,
+        behind: Callable[[int, int], bool] = lambda rank, seq: False,
     ) -> None:
         self._meters = unwatched() if meters is None else meters
         self._links = links
@@ -95,7 +97,7 @@ class Broadcast:
         self._timing = Timing(self._meters)
         self._places = Places(clock, limits.in_flight)
         self._time = TimeLimits(clock, links, limits, self._outstanding, self._silent, self._overdue)
-        self._failures = Failures(clock, links, limits, who, self._outstanding, on_broken, on_event)
+        self._failures = Failures(clock, links, limits, who, self._outstanding, behind, on_broken, on_event)
         self.batches_done = 0
         self.first_seq = 0
         self.recorder: Recorder | None = None

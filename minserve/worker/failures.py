@@ -31,6 +31,7 @@ class Failures:
 
     Args:
         outstanding: the batches under way, by seq, oldest first.
+        behind: whether a rank is still at work on an earlier batch: rank, seq → it is.
         who, on_broken, on_event: see `Broadcast`.
 
     Attributes:
@@ -44,6 +45,7 @@ class Failures:
         limits: Limits,
         who: str,
         outstanding: Mapping[int, Outstanding],
+        behind: Callable[[int, int], bool],
         on_broken: Callable[[Cause, int], None],
         on_event: Callable[[EventKind, str, int, int], None],
     ) -> None:
@@ -52,6 +54,7 @@ class Failures:
         self._limits = limits
         self._who = who
         self._outstanding = outstanding
+        self._behind = behind
         self._on_broken = on_broken
         self._on_event = on_event
         self._grace_alarm = Alarm(clock, self._grace_over)
@@ -89,8 +92,8 @@ class Failures:
             return True
         if len(batch.failures) == len(self._links):
             self.out_of_step(batch)
-        else:
-            self._grace_alarm.at(self._clock.time() + self._limits.error_grace)
+        elif not self._passed_on(batch):
+            self._doubt(batch)
         return False
 
     def late(self, link: RankLink, seq: int, failure: Failure) -> None:
@@ -108,8 +111,6 @@ class Failures:
     def _answer_in_step(self, batch: Outstanding) -> None:
         # With a pipeline another rank may be a batch ahead and have raised there: that one stays in doubt.
         self.causes = [cause for cause in self.causes if cause not in batch.causes]
-        if not self.causes:
-            self._grace_alarm.stop()
         first = batch.failures[min(batch.failures)]  # the same whichever rank's report came last
         self._let_continue(batch, first)
         self._answer_failed(batch, self._links[first.origin], first)
@@ -140,9 +141,28 @@ class Failures:
         if failure.kind in ("refused", "chunk") and link.rank != 0:
             raise WireError(f"ERROR about an answer from rank {link.rank}: only rank 0 answers")
 
+    def _passed_on(self, batch: Outstanding) -> bool:
+        """Whether a pipeline carries the failure to its first stage, which may be at another batch's work meanwhile."""
+        kinds = {(report.kind, report.type_name, report.place, report.needs) for report in batch.failures.values()}
+        ((kind, _, _, needs), *others) = kinds
+        there = batch.failures.keys() & set(needs)  # the ranks of the first stage take the same turns
+        return kind == "own" and not others and not there and len(needs) < len(self._links)
+
+    def _doubt(self, batch: Outstanding) -> None:
+        """The ranks that have not reported have errorGrace to say the same."""
+        batch.doubted_until = min(batch.doubted_until, self._clock.time() + self._limits.error_grace)
+        self._grace_alarm.at(batch.doubted_until)
+
     def _grace_over(self) -> None:
-        if self.causes:
-            self._break()
+        now = self._clock.time()
+        for batch in self._outstanding.values():
+            if batch.doubted_until <= now:
+                if not any(self._behind(link.rank, batch.seq) for link in self._links):
+                    self._break()
+                    return
+                # It may come to say the same. The batch that it is at has a limit of its own.
+                batch.doubted_until = now + self._limits.error_grace
+            self._grace_alarm.at(batch.doubted_until)
 
     def _break(self) -> None:
         cause = culprit(self.causes)

@@ -140,6 +140,7 @@ class RankGroup:
         self._broadcast = Broadcast(
             *(self._loop, self._links, self._spec.limits, self._who, self._steps),
             *(self._on_free, self._inquest.broken, self._on_lost, self._on_event, self._meters),
+            behind=self._behind,
         )
 
     async def load(self, timeout: float) -> None:
@@ -172,8 +173,10 @@ class RankGroup:
 
     async def _load_and_probe(self) -> None:
         await self._loading.complete.wait()
+        assert self._broadcast is not None
+        if self._loading.in_flight:
+            self._broadcast.set_places(self._loading.in_flight)
         if self._loading.probes:
-            assert self._broadcast is not None
             passed = asyncio.Event()
             self._broadcast.probe(passed.set)
             await passed.wait()
@@ -304,6 +307,12 @@ class RankGroup:
     def _begun(self) -> int:
         board = self._site.board
         return max((board.read(link.rank).received for link in self._links), default=0) if board is not None else 0
+
+    def _behind(self, rank: int, seq: int) -> bool:
+        if self._site.board is None:
+            return False
+        vitals = self._site.board.read(rank)
+        return vitals.finished < vitals.received < seq
 
     def _steps(self, rank: int, seq: int) -> int:
         return self._site.board.read(rank).step_of(seq) if self._site.board is not None else 0

@@ -57,6 +57,7 @@ class Loading:
             predict_on=options.predict_on,
             metrics=spec.metrics,
             asynchronous=spec.asynchronous,
+            in_flight=options.in_flight or 0,
         )
         return pack_with_body(Kind.LOAD, message, [spec.yaml], 0)
 
@@ -82,6 +83,11 @@ class Loading:
     def probes(self) -> bool:
         """Whether the handler offers a probe."""
         return any(loaded.probes for loaded in self._loaded.values())
+
+    @property
+    def in_flight(self) -> int:
+        """How many batches the ranks can have at work at once; 0: they have not said."""
+        return min((loaded.in_flight for loaded in self._loaded.values()), default=0)
 
     @property
     def behind(self) -> list[int]:

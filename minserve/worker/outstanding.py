@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Protocol
 
@@ -60,6 +61,7 @@ class Outstanding:
         due: when the worker fails for it; never while the ranks wait for a grant.
         granted: the step up to which its stream may go; `step` is the last that rank 0 has sent.
         failures: what ranks have reported, by rank, and the same as causes.
+        doubted_until: when the ranks that have not reported are taken for being elsewhere.
         error: what its clients were told.
         on_change: called when one of its clients keeps up again or has left.
         on_passed: called when every rank is through a probe.
@@ -80,6 +82,7 @@ class Outstanding:
     on_passed: Callable[[], None] | None = None
     failures: dict[int, Failure] = field(default_factory=dict)
     causes: list[Cause] = field(default_factory=list)
+    doubted_until: float = math.inf
     held: list[tuple[Answer, Buffer]] | None = None
     done: set[int] = field(default_factory=set)
     began: float = 0.0

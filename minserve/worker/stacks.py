@@ -22,6 +22,10 @@ _THREAD = re.compile(r"^(?:Current thread|Thread) .*$", re.MULTILINE)
 _FRAME = re.compile(r'^  File "(.*)", line (\d+) in (.*)$', re.MULTILINE)
 _INSTALLED = ("/lib/python3", "/site-packages/", "/dist-packages/", "<frozen ")
 _COLLECTIVES = "/torch/distributed/"
+# Where several batches are under way each has a thread, and one of them has its turn: the others pause, one of them at a
+# collective that nobody holds up.
+_BATCH = ("/minserve/rank/loop.py", "_run_batch")
+_PAUSE = ("/minserve/rank/overlap.py", "await_result")
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,18 +40,25 @@ class Stack:
         return any(_COLLECTIVES in file for frames in self._threads() for file, _, _ in frames)
 
     def __str__(self) -> str:
-        """Where its main thread is, in words: the last place in code that the model's author knows."""
+        """Where the batch is, in words: the last place in code that the model's author knows."""
         threads = self._threads()
         if not threads:
             return "somewhere that its stack does not tell"
-        frames = threads[-1]
+        frames = next((frames for frames in threads if _passes(frames, _BATCH)), threads[-1])
         known = (frame for frame in frames if not any(part in frame[0] for part in _INSTALLED))
         file, line, function = next(known, frames[0])
         return f"at {os.path.basename(file)}:{line} in {function}"
 
     def _threads(self) -> list[list[tuple[str, str, str]]]:
-        """File, line and function of each call of each thread."""
-        return list(filter(None, map(_FRAME.findall, _THREAD.split(self.text))))
+        """File, line and function of each call of each thread, without batches that pause while another has its turn."""
+        threads = list(filter(None, map(_FRAME.findall, _THREAD.split(self.text))))
+        at_work = [frames for frames in threads if _passes(frames, _BATCH) and not _passes(frames, _PAUSE)]
+        return [frames for frames in threads if not (at_work and _passes(frames, _PAUSE))]
+
+
+def _passes(frames: list[tuple[str, str, str]], call: tuple[str, str]) -> bool:
+    """Whether a thread is in this function of this file, or in what it has called."""
+    return any(file.endswith(call[0]) and function == call[1] for file, _, function in frames)
 
 
 async def ask(directory: Path, pids: Mapping[int, int]) -> dict[int, Stack]:

@@ -284,6 +284,45 @@ async def test_a_batch_in_step_takes_no_other_batch_out_of_doubt(answered: bool)
     assert [(cause.what, cause.rank) for cause in group.broken] == [(What.EXCEPTION, 1)]
 
 
+async def test_the_grace_is_for_ranks_that_have_begun_the_batch() -> None:
+    """One that is still at an earlier batch may come to say the same, however long that takes it."""
+    group = Group(in_flight=2)
+    group.send(b"a")
+    (client,) = group.send(b"b")
+    group.behind = {1}
+    group.error(0, 2, failure())
+    group.clock.advance(3 * GRACE)
+    assert group.broken == []
+    group.behind = set()
+    group.clock.advance(GRACE / 2)
+    assert group.broken == []
+    group.error(1, 2, failure())
+    assert group.continued(1) == [2]
+    assert isinstance(error_of(client), HandlerError)
+    group.error(0, 1, failure())
+    group.clock.advance(GRACE)
+    assert [cause.rank for cause in group.broken] == [0]
+
+
+async def test_a_failure_on_its_way_through_the_pipeline_is_no_doubt_until_the_batchs_own_limit() -> None:
+    """The first stage reports it when it is through with the batch that it works on."""
+    group = Group(ranks=4, in_flight=2)
+    group.finish()
+    (client,) = group.send(b"a")
+    passed_on = failure(needs=(0, 1), origin=2)
+    group.error(2, 2, passed_on)
+    group.clock.advance(TIMEOUT - 0.1)
+    assert group.broken == []
+    group.error(0, 2, passed_on)
+    group.error(1, 2, passed_on)
+    assert isinstance(error_of(client), HandlerError)
+    group.send(b"b")
+    group.error(2, 3, passed_on)
+    group.error(0, 3, passed_on)
+    group.clock.advance(GRACE)
+    assert len(group.broken) == 1, "the other rank of the first stage is elsewhere"
+
+
 @pytest.mark.parametrize("rank", [0, 1])
 async def test_an_exception_on_one_rank_breaks_the_worker_after_the_grace_and_names_it(rank: int) -> None:
     group = Group()

@@ -397,6 +397,19 @@ async def test_a_load_that_takes_too_long_says_how_far_each_rank_is(setup: Setup
     assert str(caught.value) == f"m/0: not loaded within 20 s ({behind[1]}: weights 3 of 9, {behind[2]}: importing)"
 
 
+async def test_the_ranks_say_how_many_batches_they_can_have_at_work(setup: Setup) -> None:
+    group = await setup.connected()
+    load = asyncio.create_task(group.load(30))
+    for rank, places in zip(setup.ranks, (3, 2), strict=True):
+        assert unpack(Load, (await rank.receive(Kind.LOAD)).meta).in_flight == 0
+        await rank.send(pack(Kind.LOADED, Loaded(0.1, in_flight=places)))
+    await load
+    for place in (True, True, False):
+        assert group.has_place() == place
+        if place:
+            await setup.submit(group)
+
+
 async def test_what_a_handler_records_counts_also_while_it_loads(setup: Setup) -> None:
     group = await setup.connected()
     load = asyncio.create_task(group.load(30))

@@ -91,6 +91,28 @@ def test_a_thread_of_the_handlers_own_may_be_the_one_in_the_collective(thread: i
     assert Stack("\n".join(parts)).collective
 
 
+PAUSED = """Thread 0x1 (most recent call first):
+  File "/x/site-packages/torch/distributed/distributed_c10d.py", line 9 in recv
+  File "/x/minserve/rank/turns.py", line 9 in _receive
+  File "/x/minserve/rank/overlap.py", line 9 in await_result
+  File "/m/handler.py", line 7 in inference
+  File "/x/minserve/rank/loop.py", line 9 in _run_batch"""
+AT_WORK = """Thread 0x2 (most recent call first):
+  File "/m/handler.py", line 3 in preprocess
+  File "/x/minserve/rank/loop.py", line 9 in _run_batch"""
+MAIN = """Thread 0x3 (most recent call first):
+  File "/x/lib/python3.11/threading.py", line 9 in wait
+  File "/x/minserve/rank/overlap.py", line 9 in serve"""
+
+
+def test_of_several_batches_the_one_whose_turn_it_is_tells_where_the_rank_is() -> None:
+    hangs = Stack(f"{PAUSED}\n\n{AT_WORK}\n\n{MAIN}")
+    assert not hangs.collective
+    assert str(hangs) == "at handler.py:3 in preprocess"
+    waits = Stack(f"{PAUSED}\n\n{MAIN}")
+    assert waits.collective
+
+
 def test_a_stack_that_tells_nothing() -> None:
     assert str(Stack("<no Python frame>")) == "somewhere that its stack does not tell"
     assert not Stack("").collective
