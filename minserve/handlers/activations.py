@@ -3,8 +3,8 @@
 Why a header: the receiver has to post a buffer of exactly the right size. gloo lets a message that is shorter than the
 buffer pass and leaves old rows behind it; a longer one aborts the process.
 
-    header   83 int64, the same on every hop, so that its own length always matches:
-             magic, failed, count, then 8 times (dtype, dimensions, 8 sizes)
+    header   85 int64, the same on every hop, so that its own length always matches:
+             magic, seq, run, failed, count, then 8 times (dtype, dimensions, 8 sizes)
     payload  uint8, one message per tensor that has elements; after a failure one message, its description as JSON
 """
 
@@ -19,10 +19,11 @@ import torch
 from torch import Tensor
 
 from minserve.rank.failures import StageError
+from minserve.rank.turns import Ticket
 
 MAX_TENSORS = 8
 MAX_DIMS = 8
-HEADER_LENGTH = 3 + MAX_TENSORS * (2 + MAX_DIMS)
+HEADER_LENGTH = 5 + MAX_TENSORS * (2 + MAX_DIMS)
 _MAGIC = 0x6D696E73657276  # "minserv"
 
 # Both ends run the same code, so the place in this tuple says which dtype it is.
@@ -60,15 +61,17 @@ class Header(NamedTuple):
     """What follows the header.
 
     Attributes:
+        ticket: what it belongs to.
         failed: the payload is the description of a failure.
         specs: one for each tensor.
     """
 
+    ticket: Ticket
     failed: bool
     specs: list[Spec]
 
 
-def pack(tensors: Sequence[Tensor], device: torch.device, failed: bool = False) -> list[Tensor]:
+def pack(tensors: Sequence[Tensor], device: torch.device, ticket: Ticket, failed: bool = False) -> list[Tensor]:
     """Makes the message for some activations: the header, then bytes that share their memory.
 
     Everything that can be wrong with them is found here, before anything is sent.
@@ -79,7 +82,7 @@ def pack(tensors: Sequence[Tensor], device: torch.device, failed: bool = False) 
     """
     if len(tensors) > MAX_TENSORS:
         raise ValueError(f"a stage passed on {len(tensors)} tensors; at most {MAX_TENSORS} fit")
-    numbers = [_MAGIC, int(failed), len(tensors)]
+    numbers = [_MAGIC, *ticket, int(failed), len(tensors)]
     for tensor in tensors:
         _check(tensor)
         padding = [0] * (MAX_DIMS - tensor.dim())
@@ -91,11 +94,11 @@ def pack(tensors: Sequence[Tensor], device: torch.device, failed: bool = False) 
     return [header, *payloads]
 
 
-def pack_failure(failure: StageError, device: torch.device) -> list[Tensor]:
+def pack_failure(failure: StageError, device: torch.device, ticket: Ticket) -> list[Tensor]:
     """Makes the message that takes the place of the activations after a stage has failed."""
     described = [failure.origin, failure.type_name, failure.text, failure.place, failure.status]
     raw = bytearray(json.dumps(described).encode())
-    return pack([torch.frombuffer(raw, dtype=torch.uint8)], device, failed=True)
+    return pack([torch.frombuffer(raw, dtype=torch.uint8)], device, ticket, failed=True)
 
 
 def unpack_failure(payload: Tensor, needs: tuple[int, ...]) -> StageError:
@@ -110,14 +113,14 @@ def read_header(header: Tensor) -> Header:
     Raises:
         RuntimeError: it is none, so the ranks have lost step.
     """
-    magic, failed, count, *numbers = header.tolist()
+    magic, seq, run, failed, count, *numbers = header.tolist()
     if magic != _MAGIC:
         raise RuntimeError("pipeline out of step: what was received is no header")
     specs = []
     for start in range(0, count * (2 + MAX_DIMS), 2 + MAX_DIMS):
         dtype, dims, *shape = numbers[start : start + 2 + MAX_DIMS]
         specs.append(Spec(DTYPES[dtype], tuple(shape[:dims])))
-    return Header(bool(failed), specs)
+    return Header(Ticket(seq, run), bool(failed), specs)
 
 
 def _check(tensor: Tensor) -> None:

@@ -4,11 +4,15 @@
         ▲                                              │
         └───────────────── result ─────────────────────┘
 
+No stage waits for the next one: while it works on a batch, this one takes up the batch behind it. On the first stage, which
+needs the result, `run` lets the rank begin other batches meanwhile (rank/overlap.py).
+
 Our own send and receive, not `torch.distributed.pipelining`: its stages have a fixed shape, and requests do not.
 """
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable, Sequence
 
 import torch
@@ -16,10 +20,19 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
-from minserve.handlers.activations import HEADER_LENGTH, pack, pack_failure, read_header, unpack_failure
-from minserve.rank.failures import StageError, describe, is_collective
+from minserve.handlers.activations import pack, pack_failure, unpack_failure
+from minserve.handlers.hops import Message, Sending, receive
+from minserve.handlers.moves import Moves
+from minserve.handlers.settings import take_down_settings
+from minserve.rank import overlap, streaming
+from minserve.rank.failures import StageError, describe, is_collective, issued_collectives, leave_out
+from minserve.rank.turns import Ticket
 
 Stage = Callable[..., Tensor | Sequence[Tensor]]
+
+# Messages that the next stage may not have taken yet when this one has the following ready: it works on one batch while the
+# one before waits there. More would be memory for nothing.
+MOST_UNTAKEN = 1
 
 
 class Pipeline:
@@ -33,7 +46,7 @@ class Pipeline:
     """
 
     def __init__(self, device: torch.device, mesh: DeviceMesh | None = None) -> None:
-        """Finds this rank's place.
+        """Finds this rank's place. A collective call: every rank makes it.
 
         Args:
             device: where activations arrive.
@@ -41,13 +54,33 @@ class Pipeline:
                 None: every rank of the world is a stage; a single process is one stage and sends nothing.
         """
         self._device = device
-        self._group = dist.group.WORLD if mesh is None else mesh.get_group("pp")  # WORLD is None in a single process
-        self._ranks = [0] if self._group is None else dist.get_process_group_ranks(self._group)
-        self._needs = tuple(self._ranks[:1] if mesh is None else _first_stage(mesh))
+        group = dist.group.WORLD if mesh is None else mesh.get_group("pp")  # WORLD is None in a single process
+        self._ranks = [0] if group is None else dist.get_process_group_ranks(group)
+        first_stage = self._ranks[:1] if mesh is None else _first_stage(mesh)
+        self._needs = tuple(first_stage)
         self.stages = len(self._ranks)
-        self.stage = 0 if self._group is None else dist.get_rank(self._group)
+        self.stage = 0 if group is None else dist.get_rank(group)
         self.is_first = self.stage == 0
         self.is_last = self.stage == self.stages - 1
+        self._runs_outside = 0  # of batches: while the handler loads, or without a server around it
+        self._early: dict[Ticket, Message] = {}  # what came for a later batch
+        self._untaken: deque[Sending] = deque()
+        if group is not None and self.stages > 1:
+            self._forward = group
+            # Results have a group of their own: on NCCL one that is waited for would hold up what is sent behind it.
+            self._back = dist.new_group(self._ranks, use_local_synchronization=True)
+            leave_out(self._back)  # results come while another batch has its turn
+            if device.type == "cuda":
+                self._results: torch.cuda.Stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]  # torch has no types for it
+            self._offer_overlap(first_stage)
+
+    def _offer_overlap(self, first_stage: list[int]) -> None:
+        """Tells the rank that it may have several batches at work: one for each stage, and one that waits in front."""
+        moves = Moves(first_stage) if self.is_first and len(first_stage) > 1 else None
+        leads = dist.get_rank() == first_stage[0]
+        tell = moves.tell if moves is not None and leads else None
+        hear = moves.hear if moves is not None and not leads else None
+        overlap.offer(overlap.Plan(self.stages + 1, self.is_first, take_down_settings, tell, hear))
 
     def share(self, layers: int) -> range:
         """The layers of this stage, dealt out as evenly as they go: `for i in pipeline.share(6)`.
@@ -60,7 +93,10 @@ class Pipeline:
         return range(layers * self.stage // self.stages, layers * (self.stage + 1) // self.stages)
 
     def run(self, stage: Stage, *inputs: Tensor) -> tuple[Tensor, ...] | None:
-        """Takes one batch through all stages. Every rank calls it, with its own stage function.
+        """Takes one batch through all stages. Every rank calls it, with its own stage function, and as often as the others.
+
+        On the first stage other batches may run the handler's code while this one waits for its result; what it has set on
+        the handler before is put back then.
 
         Args:
             stage: takes the tensors that the stage before returned (the first one: `inputs`), returns one tensor or
@@ -77,22 +113,54 @@ class Pipeline:
         """
         if self.stages == 1:
             return _as_tuple(stage(*inputs))
-        received = inputs if self.is_first else self._receive()
-        carried = received if isinstance(received, StageError) else self._work(stage, received)
-        self._send(pack_failure(carried, self._device) if isinstance(carried, StageError) else carried)
-        # The first stage takes what comes round even if it has failed itself: a message left behind would be taken for
-        # the answer to the next batch.
-        answer = self._receive() if self.is_first else None
+        batch, issued = streaming.current(), issued_collectives()
+        try:
+            if self.is_first:
+                return self._run_first(stage, inputs, self._ticket(batch), batch is not None, issued)
+            self._run_later(stage, self._ticket(batch), batch is not None)
+            return None
+        finally:
+            if batch is not None:
+                batch.apart += issued_collectives() - issued
+
+    def _ticket(self, batch: streaming.Chunks | None) -> Ticket:
+        if batch is None:
+            self._runs_outside += 1
+            return Ticket(0, self._runs_outside)
+        batch.runs += 1
+        return Ticket(batch.seq, batch.runs)
+
+    def _run_first(
+        self, stage: Stage, inputs: tuple[Tensor, ...], ticket: Ticket, in_batch: bool, issued: int
+    ) -> tuple[Tensor, ...]:
+        carried = self._work(stage, inputs, ticket)
+        sending = Sending(self._message(carried, ticket), self._ranks[1], self._forward)
+        # It takes what comes round even if it has failed itself: a message left behind would be out of step.
+        answer = self._await_result(ticket, in_batch, issued)
+        sending.wait()  # the result says that it is over
         if isinstance(carried, StageError):
             raise carried
-        if isinstance(answer, StageError):
-            raise answer
-        return answer
+        if answer.failed:
+            raise unpack_failure(answer.tensors[0], self._needs)
+        return answer.tensors
 
-    def _work(self, stage: Stage, inputs: tuple[Tensor, ...]) -> list[Tensor] | StageError:
+    def _run_later(self, stage: Stage, ticket: Ticket, in_batch: bool) -> None:
+        received = self._receive_activations(ticket)
+        if received.failed:
+            carried: list[Tensor] | StageError = unpack_failure(received.tensors[0], self._needs)
+        else:
+            carried = self._work(stage, received.tensors, ticket)
+        to, group = (self._ranks[0], self._back) if self.is_last else (self._ranks[self.stage + 1], self._forward)
+        self._untaken.append(Sending(self._message(carried, ticket), to, group))
+        while len(self._untaken) > (MOST_UNTAKEN if in_batch else 0):
+            self._untaken.popleft().wait()
+        if isinstance(carried, StageError):
+            raise carried
+
+    def _work(self, stage: Stage, inputs: tuple[Tensor, ...], ticket: Ticket) -> list[Tensor] | StageError:
         """Runs the stage. An `Exception` becomes the failure to pass on; minserve.Cancelled is none and flies."""
         try:
-            return pack(_as_tuple(stage(*inputs)), self._device)
+            return pack(_as_tuple(stage(*inputs)), self._device, ticket)
         except Exception as error:
             if is_collective(error):
                 raise
@@ -106,29 +174,44 @@ class Pipeline:
             described.origin, described.type_name, described.text, described.place, self._needs, described.status
         )
 
-    def _send(self, message: list[Tensor]) -> None:
-        """Sends to the next stage; the last one's next is the first.
+    def _message(self, carried: list[Tensor] | StageError, ticket: Ticket) -> list[Tensor]:
+        return pack_failure(carried, self._device, ticket) if isinstance(carried, StageError) else carried
 
-        Blocking: gloo has read the buffers when `send` returns. NCCL reads them later, but this stream waits for it,
-        and the allocator gives their memory to nothing else before that point of the stream.
+    def _receive_activations(self, ticket: Ticket) -> Message:
+        """What the stage before sends for this run.
+
+        Only the first stage begins a batch before it is through with another: the first run of a later batch may come in
+        front of a further run of this one. Anything else is a rank that has lost step.
         """
-        following = self._ranks[(self.stage + 1) % self.stages]
-        for part in message:
-            dist.send(part, following, group=self._group)
+        while ticket not in self._early:
+            message = receive(self._ranks[self.stage - 1], self._forward, self._device)
+            came = message.ticket
+            if came != ticket and not (came.seq > ticket.seq and came.run == 1 and ticket.run > 1):
+                raise RuntimeError(f"pipeline out of step: {came} came to stage {self.stage}, awaited: {ticket}")
+            self._early[came] = message
+        return self._early.pop(ticket)
 
-    def _receive(self) -> tuple[Tensor, ...] | StageError:
-        """Receives from the stage before; the first one's is the last. Every buffer is new, so nothing stale shows."""
-        previous = self._ranks[self.stage - 1]
-        header = torch.empty(HEADER_LENGTH, dtype=torch.int64, device=self._device)
-        dist.recv(header, previous, group=self._group)
-        failed, specs = read_header(header)
-        tensors = []
-        for spec in specs:
-            payload = torch.empty(spec.nbytes, dtype=torch.uint8, device=self._device)
-            if spec.nbytes:
-                dist.recv(payload, previous, group=self._group)
-            tensors.append(payload.view(spec.dtype).view(spec.shape))
-        return unpack_failure(tensors[0], self._needs) if failed else tuple(tensors)
+    def _await_result(self, ticket: Ticket, in_batch: bool, issued: int) -> Message:
+        loop = overlap.active() if in_batch else None
+        receive_one = self._receive_result
+        message = receive_one() if loop is None else loop.await_result(ticket, issued, receive_one)
+        if message.ticket != ticket:
+            raise RuntimeError(f"pipeline out of step: the result of {message.ticket} came, awaited: {ticket}")
+        if (
+            self._device.type == "cuda"
+        ):  # it came on another stream, whose memory is not to be used again before this one's done
+            for tensor in message.tensors:
+                tensor.record_stream(torch.cuda.current_stream(self._device))
+        return message
+
+    def _receive_result(self) -> Message:
+        """The next result, of whichever batch. On CUDA in a stream of its own: the others' kernels do not wait for it."""
+        if self._device.type != "cuda":
+            return receive(self._ranks[-1], self._back, self._device)
+        with torch.cuda.stream(self._results):
+            message = receive(self._ranks[-1], self._back, self._device)
+        self._results.synchronize()
+        return message
 
 
 def _first_stage(mesh: DeviceMesh) -> list[int]:

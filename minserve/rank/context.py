@@ -19,6 +19,8 @@ if TYPE_CHECKING:
 
 # Known to be the same for every batch, so that the copies of a context share them.
 _SHARED = frozenset({"manifest", "model_yaml_config", "system_properties", "stream"})
+# What a batch has of its own, where several are under way and each has its own view of the context.
+_OF_A_BATCH = frozenset({"_common", "request_ids", "request_processor", "stream"})
 
 
 class RequestProcessor:
@@ -224,3 +226,42 @@ class Context:
         """The HTTP status and reason phrase of a request's answer."""
         processor = self.request_processor[idx]
         return processor.status, processor.phrase
+
+
+class BatchContext(Context):
+    """The context of one batch where several are under way: what belongs to the batch is its own, all else the rank's.
+
+    Its own, for a thread of the handler may look at it while another batch has its turn.
+
+    Args:
+        common: the one that the handler was loaded with, and may have kept.
+    """
+
+    _common: Context
+
+    def __init__(self, common: Context) -> None:
+        vars(self)["_common"] = common
+
+    def begin_batch(self, requests: Sequence[RequestMeta]) -> None:
+        """See `Context`."""
+        super().begin_batch(requests)
+        if isinstance(self._common.metrics, MetricsCache):
+            vars(self)["metrics"] = self._common.metrics.for_requests(self.request_ids or {})
+        self.show()
+
+    def show(self) -> None:
+        """Its batch has its turn: the common context shows it, too."""
+        common = self._common
+        common.request_ids, common.request_processor = self.request_ids, self.request_processor
+        if isinstance(common.metrics, MetricsCache):
+            common.metrics.set_request_ids(self.request_ids or {})
+
+    def __getattr__(self, name: str) -> object:
+        return getattr(vars(self)["_common"], name)  # only what it has not itself is looked for here
+
+    def __setattr__(self, name: str, value: object) -> None:
+        if name in _OF_A_BATCH:
+            vars(self)[name] = value
+        else:
+            vars(self).pop(name, None)
+            setattr(self._common, name, value)

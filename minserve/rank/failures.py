@@ -51,8 +51,16 @@ class StageError(Exception):
         self.status = status
 
 
+_left_out: list[object] = []  # process groups
+
+
+def leave_out(group: object) -> None:
+    """What goes over this group is minserve's own, and is not to count as issued by the handler."""
+    _left_out.append(group)
+
+
 def issued_collectives() -> int:
-    """How many collectives this process has issued, over all its groups; 0 while there is none.
+    """How many collectives this process has issued, over all its groups that count; 0 while there is none.
 
     torch counts them for its own checks. Without that count, in a torch to come, type and place of a failure alone tell.
     """
@@ -64,7 +72,7 @@ def issued_collectives() -> int:
             return 0
         # A copy: the heartbeat's thread asks, too, while the handler makes groups.
         groups = list(dist.distributed_c10d._world.pg_map)
-        return sum(group._get_sequence_number_for_group() for group in groups)
+        return sum(group._get_sequence_number_for_group() for group in groups if group not in _left_out)
     except Exception:
         return 0
 

@@ -54,12 +54,14 @@ class Handler:
             coroutine or async generator of them.
         close: called once at the end; does nothing where the handler offers none.
         probe: says whether this rank is healthy; None where the handler offers none.
+        owners: the objects on which it may keep what belongs to a batch.
     """
 
     def __init__(self, handle: Callable[..., object], owner: object) -> None:
         self.handle = handle
         self.close: Callable[[], object] = getattr(owner, "close", _nothing)
         self.probe = _find_probe(owner)
+        self.owners = [owner]
 
 
 def load_handler(
@@ -88,8 +90,12 @@ def load_handler(
     else:
         _initialize_function(target, context)
         handler = Handler(target, module)
+        # TorchServe's usual form: a function that hands over to an object of the module's.
+        handler.owners += [value for value in vars(module).values() if type(value).__module__ == module.__name__]
     if envelope:
-        handler.handle = _in_envelope(handler.handle, envelope)
+        around = _in_envelope(handler.handle, envelope)
+        handler.handle = around.handle
+        handler.owners.append(around)
     return handler
 
 
@@ -122,7 +128,7 @@ def _exists(module: str) -> bool:
         raise
 
 
-def _in_envelope(handle: Callable[..., object], name: str) -> Callable[..., object]:
+def _in_envelope(handle: Callable[..., object], name: str) -> _EnvelopeClass:
     if not _exists(f"{ENVELOPES}.{name}"):
         raise HandlerError(f"there is no request envelope {name!r}")
     module = importlib.import_module(f"{ENVELOPES}.{name}")
@@ -133,7 +139,7 @@ def _in_envelope(handle: Callable[..., object], name: str) -> Callable[..., obje
     ]
     if len(kinds) != 1:
         raise HandlerError(f"{module.__name__} must define exactly one class whose name ends in Envelope")
-    return kinds[0](handle).handle
+    return kinds[0](handle)
 
 
 def import_file(path: Path, kind: str) -> ModuleType:

@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+import functools
 import gc
 import inspect
 import json
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import yaml
 
 import minserve
-from minserve.rank import coroutines, progress, streaming, threads
+from minserve.rank import coroutines, overlap, progress, streaming, threads
 from minserve.rank.connection import Disconnected
 from minserve.rank.context import Context
 from minserve.rank.data import Refused, decode_batch
@@ -55,6 +57,8 @@ class Rank:
         self._outbox = Outbox(connection, launch.rank, reply_done=False)
         self._parse = True
         self._together = launch.world_size  # how many ranks run each batch
+        self._plan: overlap.Plan | None = None  # of having several batches at work
+        self._overlap: overlap.Overlap | None = None  # where they are
 
     def run(self) -> int:
         """Loads, then serves until SHUTDOWN or until the server is gone. Returns the exit code."""
@@ -69,7 +73,11 @@ class Rank:
             if handler is None:
                 # The server kills the group; it still reads this rank's pipe, so leave the reason there, too.
                 return 1
-            serve = self._serve_tasks if load.asynchronous and self._world_size == 1 else self._serve
+            serve = self._serve
+            if load.asynchronous and self._world_size == 1:
+                serve = self._serve_tasks
+            elif self._plan is not None and self._plan.starts_them:
+                serve = self._serve_overlapping
             code = serve(handler)
             if code == 0:
                 coroutines.complete(handler.close())
@@ -96,8 +104,20 @@ class Rank:
             return None
         gc.collect()
         gc.freeze()  # what is loaded stays: the collector need not walk through all of torch in the middle of a batch
-        self._outbox.loaded(Loaded(time.monotonic() - began, handler.probe is not None))
+        self._plan = self._choose_plan(load, handler)
+        in_flight = self._plan.batches if self._plan is not None else 0
+        self._outbox.loaded(Loaded(time.monotonic() - began, handler.probe is not None, in_flight))
         return handler
+
+    def _choose_plan(self, load: Load, handler: Handler) -> overlap.Plan | None:
+        """How the model can have several batches at work; None if it cannot, or shall not."""
+        plan = overlap.planned()
+        if plan is None or load.in_flight == 1 or self._together < self._world_size:
+            return None
+        # On one event loop a coroutine that waits in `Pipeline.run` holds up all others.
+        if inspect.iscoroutinefunction(handler.handle) or inspect.isasyncgenfunction(handler.handle):
+            return None
+        return plan if load.in_flight == 0 else replace(plan, batches=load.in_flight)
 
     def _new_context(self, load: Load, config: dict[str, object]) -> Context:
         made_up = {"model": {"modelName": load.model, "modelVersion": load.version, "handler": load.handler}}
@@ -142,51 +162,74 @@ class Rank:
 
         return Tasks(self._connection, self._slot, self._outbox, handler, self._context, self._parse).run()
 
-    def _run_batch(self, handler: Handler, frame: Frame) -> None:
+    def _serve_overlapping(self, handler: Handler) -> int:
+        """Several batches at once, each on a thread of its own."""
+        assert self._plan is not None
+        run = functools.partial(self._run_batch, handler)
+        self._overlap = overlap.Overlap(self._inbox, self._slot, self._context, handler, self._plan, run)
+        try:
+            self._overlap.serve()
+        except overlap.OutOfOrder as error:
+            return self._stop(str(error))
+        return 0
+
+    def _run_batch(self, handler: Handler, frame: Frame, context: Context | None = None) -> None:
+        context = self._context if context is None else context
         batch = unpack(Batch, frame.meta)
         seq, count = frame.seq, len(batch.requests)
         if self._rank >= self._together and batch.requests:
             self._outbox.through(seq, count)  # rank 0 runs it alone
             return
-        self._context.begin_batch(batch.requests)
+        context.begin_batch(batch.requests)
         stream = Stream(
             self._connection,
             self._inbox,
             self._slot,
-            self._context,
+            context,
             seq,
             count,
             batch.grant,
             self._rank == 0,
             self._outbox.refused_chunk,
         )
+        if self._overlap is not None:
+            context.stream = stream  # for the handler's threads, which may send while another batch has its turn
         data = decode_batch(batch, frame.body, self._parse)
         streaming.set_current(stream)
         others = threads.alive()
         before = issued_collectives()
         try:
             if frame.flags & PROBE:
-                self._outbox.answer(run_probe(handler), stream, self._context, seq, 0)
+                self._outbox.answer(run_probe(handler), stream, context, seq, 0)
             else:
                 began = time.monotonic()
-                answers = collect(handler.handle(data, self._context), stream)
-                self._outbox.answer(answers, stream, self._context, seq, count, time.monotonic() - began)
+                answers = collect(handler.handle(data, context), stream)
+                if self._overlap is not None:
+                    self._overlap.handled()
+                self._outbox.answer(answers, stream, context, seq, count, time.monotonic() - began)
         except Refused as refusal:
             self._outbox.refused(refusal, seq)
         except (Exception, Cancelled) as error:
-            issued = issued_collectives() - before
+            issued = issued_collectives() - before - stream.apart
             stream.end()
             failure = self._failure(error, stream, issued)
             if stream.cancelled:  # every rank leaves at the same step; what its threads are still at comes first
                 threads.wait_for_end(others)
             self._outbox.failed(failure, seq)
-            self._inbox.wait_for_continue(seq)
-        finally:
             streaming.set_current(None)
-            if stream.cancelled:
-                threads.wait_for_end(others)
+            self._wait_for_continue(seq)
+            return
+        streaming.set_current(None)
+        if stream.cancelled:
+            threads.wait_for_end(others)
 
     # ── failures ──
+
+    def _wait_for_continue(self, seq: int) -> None:
+        if self._overlap is not None:
+            self._overlap.leave_failed(seq)
+        else:
+            self._inbox.wait_for_continue(seq)
 
     def _failure(self, error: BaseException, stream: Stream, issued: int) -> Failure:
         """What to report of an exception that has left a handler.

@@ -48,6 +48,7 @@ class Chunks(ABC):
     """What the streams of all batches have in common.
 
     Args:
+        seq: of the batch.
         granted: the step up to which it may go before it needs a grant.
         on_refused: told once, with the seq, when a chunk cannot be sent. The handler is not stopped for it, for the other
             ranks would go on: it takes its steps, without chunks, to its end or until the server cancels the stream on all.
@@ -55,6 +56,8 @@ class Chunks(ABC):
     Attributes:
         step: how many have been taken.
         refused: a chunk could not be sent, and the server knows.
+        runs: how often a pipeline has been run in the batch.
+        apart: collectives that were issued in this process while it ran: its own, and those of batches beside this one.
     """
 
     def __init__(
@@ -68,12 +71,14 @@ class Chunks(ABC):
     ) -> None:
         self._connection = connection
         self._context = context
-        self._seq = seq
+        self.seq = seq
         self.count = count
         self._granted = granted
         self._on_refused = on_refused
         self.step = 0
         self.refused = False
+        self.runs = 0
+        self.apart = 0
         self._ended = False
         self._sending = threading.RLock()
 
@@ -138,13 +143,13 @@ class Chunks(ABC):
             return [encode(self._context, index, chunk) for index, chunk in enumerate(chunks()) if chunk is not None]
         except Refused as refusal:
             self.refused = True
-            self._on_refused(refusal, self._seq)
+            self._on_refused(refusal, self.seq)
             return []
 
     def _send_step(self, encoded: list[tuple[Answer, Buffer]]) -> None:
         """A step without chunks is told, too: the server grants by what it has seen."""
         answers = Answers(tuple(answer for answer, _ in encoded), self.step)
-        self._connection.send_with_body(Kind.CHUNK, answers, [body for _, body in encoded], self._seq)
+        self._connection.send_with_body(Kind.CHUNK, answers, [body for _, body in encoded], self.seq)
 
 
 class Stream(Chunks):
@@ -175,7 +180,7 @@ class Stream(Chunks):
 
     async def send_from_coroutine(self, chunks: object) -> None:
         """See `Chunks`."""
-        if self.step < max(self._granted, self._inbox.granted(self._seq)):
+        if self.step < max(self._granted, self._inbox.granted(self.seq)):
             self.send(chunks)
             return
         import asyncio  # there is a loop, so it is imported
@@ -185,12 +190,12 @@ class Stream(Chunks):
     @property
     def cancelled(self) -> bool:
         """See `Chunks`."""
-        return self._inbox.cancelled(self._seq)
+        return self._inbox.cancelled(self.seq)
 
     def _begin_step(self) -> None:
         # The step is shown before it is waited for: the server cancels only once every rank has been seen to count steps.
-        self._slot.stepped(self._seq, self.step + 1)
-        if self.step >= self._granted and not self._inbox.wait_for_grant(self._seq, self.step + 1):
+        self._slot.stepped(self.seq, self.step + 1)
+        if self.step >= self._granted and not self._inbox.wait_for_grant(self.seq, self.step + 1):
             raise Cancelled
         self.step += 1
 

@@ -15,42 +15,44 @@ from minserve.handlers.activations import (
     unpack_failure,
 )
 from minserve.rank.failures import StageError
+from minserve.rank.turns import Ticket
 
 CPU = torch.device("cpu")
+TICKET = Ticket(7, 2)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("shape", [(), (0, 3), (2, 3), (1,) * MAX_DIMS])
 def test_a_header_describes_its_tensor(dtype: torch.dtype, shape: tuple[int, ...]) -> None:
-    header, *payloads = pack([torch.zeros(shape).to(dtype)], CPU)
+    header, *payloads = pack([torch.zeros(shape).to(dtype)], CPU, TICKET)
     assert (header.dtype, header.numel()) == (torch.int64, HEADER_LENGTH)
-    failed, (spec,) = read_header(header)
-    assert (failed, spec) == (False, Spec(dtype, shape))
+    ticket, failed, (spec,) = read_header(header)
+    assert (ticket, failed, spec) == (TICKET, False, Spec(dtype, shape))
     assert sum(payload.numel() for payload in payloads) == spec.nbytes
 
 
 def test_every_header_has_the_same_length() -> None:
     for count in range(MAX_TENSORS + 1):
-        header, *payloads = pack([torch.zeros(2)] * count, CPU)
+        header, *payloads = pack([torch.zeros(2)] * count, CPU, TICKET)
         assert header.numel() == HEADER_LENGTH
         assert len(read_header(header).specs) == len(payloads) == count
 
 
 def test_a_payload_shares_the_memory_of_its_activation() -> None:
     activation = torch.ones(3)
-    _, payload = pack([activation], CPU)
+    _, payload = pack([activation], CPU, TICKET)
     assert payload.data_ptr() == activation.data_ptr()
 
 
 def test_a_lazy_conjugate_is_resolved() -> None:
     conjugate = torch.tensor([1 + 2j]).conj()
-    _, payload = pack([conjugate], CPU)
+    _, payload = pack([conjugate], CPU, TICKET)
     assert payload.view(torch.complex64).tolist() == [1 - 2j]
 
 
 def test_a_failure_arrives_with_all_it_says() -> None:
     failure = StageError(3, "LookupError", "no ä: " + "x" * 5000, "/a/b.py:12", (0, 1), 422)
-    header, payload = pack_failure(failure, CPU)
+    header, payload = pack_failure(failure, CPU, TICKET)
     assert read_header(header).failed
     arrived = unpack_failure(payload, needs=(0, 1))
     assert (arrived.origin, arrived.type_name, arrived.place, arrived.needs) == (3, "LookupError", "/a/b.py:12", (0, 1))

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from minserve.rank import coroutines, metrics, progress, streaming
+from minserve.rank import coroutines, metrics, overlap, progress, streaming
 
 
 @pytest.fixture
@@ -28,3 +28,4 @@ def model_dir(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]
     metrics.take()
     progress.listen(None)
     streaming.set_current(None)
+    overlap._plans.clear()

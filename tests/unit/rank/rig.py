@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+import contextlib
 import queue
+import socket
+import textwrap
 import threading
 from collections import deque
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
+from minserve.errors import WireError
 from minserve.rank.connection import Connection, Disconnected
 from minserve.rank.context import Context
+from minserve.rank.loop import Rank
 from minserve.rank.process import Launch
 from minserve.wire.board import Slot
-from minserve.wire.frames import FROM_RANK, FROM_SERVER, PROBE, Frame, FrameReader, Kind
+from minserve.wire.frames import FROM_RANK, FROM_SERVER, PROBE, Frame, FrameReader, Kind, encode
 from minserve.wire.messages import (
     Answer,
     Answers,
@@ -23,6 +28,7 @@ from minserve.wire.messages import (
     Load,
     Message,
     Part,
+    Progress,
     RequestMeta,
     Shutdown,
     Step,
@@ -214,3 +220,56 @@ def new_context(*metas: RequestMeta, model_dir: str = "/m") -> Context:
     context = Context("m", model_dir, {}, 4, None, "0")
     context.begin_batch(metas)
     return context
+
+
+class Peer:
+    """A rank that serves in a thread, seen from the server."""
+
+    def __init__(self, model_dir: Path, source: str, world_size: int, **options: Any) -> None:
+        (model_dir / "handler.py").write_text(textwrap.dedent(source))
+        self._ours, theirs = socket.socketpair()
+        self._ours.settimeout(DEADLINE_S)
+        self._reader = FrameReader(2**31, FROM_RANK)
+        self._read: deque[Frame] = deque()
+        self.slot = FakeSlot()
+        self._theirs = theirs
+        self.rank = Running(Rank(launch(0, world_size), Connection(theirs), self.slot).run)
+        self.give(load(str(model_dir), **options))
+        self.loaded = self.until(Kind.LOADED)[-1]
+
+    def give(self, *frames: Frame) -> None:
+        for one in frames:
+            self._ours.sendall(encode(one.kind, one.seq, bytes(one.meta), bytes(one.body), one.flags))
+
+    def next(self) -> Frame:
+        while not self._read:
+            count = self._ours.recv_into(self._reader.buffer())
+            assert count, "the rank has hung up"
+            self._read.extend(self._reader.received(count))
+        return self._read.popleft()
+
+    def until(self, kind: Kind) -> list[Frame]:
+        """The frames up to one of this kind, without PROGRESS."""
+        frames = [self.next()]
+        while frames[-1].kind is not kind:
+            frames.append(self.next())
+        return [one for one in frames if one.kind is not Kind.PROGRESS]
+
+    def stage(self) -> str:
+        """What the handler reports next."""
+        frame = self.next()
+        assert frame.kind is Kind.PROGRESS
+        return unpack(Progress, frame.meta).stage
+
+    def hang_up(self) -> None:
+        self._ours.close()
+
+    def close(self) -> None:
+        self._ours.close()
+        with contextlib.suppress(WireError, SystemExit):
+            self.rank.result()
+        self._theirs.close()
+
+
+def words(frames: list[Frame]) -> list[str]:
+    return [f"{one.kind.name} {one.seq} {b','.join(body for _, body in parts(one)).decode()}" for one in frames]

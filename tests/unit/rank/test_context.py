@@ -5,7 +5,8 @@ import threading
 
 import pytest
 
-from minserve.rank.context import Context, RequestProcessor
+from minserve.rank.context import BatchContext, Context, RequestProcessor
+from minserve.rank.metric_cache import MetricsCache
 from minserve.wire.messages import Part, RequestMeta
 
 META = RequestMeta(
@@ -167,3 +168,41 @@ def test_the_processor_has_torchserves_members() -> None:
     processor.add_response_property("x-a", "1")
     assert processor.get_response_headers() == {"x-a": "1"}
     assert (processor.get_response_header("x-a"), processor.get_response_header("x-b")) == ("1", None)
+
+
+def test_a_batch_beside_others_has_what_is_its_own_and_all_else_is_common() -> None:
+    common = context()
+    common.tokenizer = "kept in load"  # type: ignore[attr-defined]
+    first, second = BatchContext(common), BatchContext(common)
+    first.begin_batch([RequestMeta("a", (), ())])
+    second.begin_batch([RequestMeta("b", (), ())])
+    assert (first.get_request_id(), second.get_request_id(), common.get_request_id()) == ("a", "b", "b")
+    first.set_response_status(404, idx=0)
+    assert (first.get_response_status(0)[0], second.get_response_status(0)[0]) == (404, 200)
+    assert (first.metrics.request_ids, second.metrics.request_ids) == ({0: "a"}, {0: "b"})
+
+    first.show()
+    assert common.get_request_id() == "a"
+    assert common.get_response_status(0)[0] == 404
+    assert common.metrics.request_ids == {0: "a"}
+
+    first.cache = {"kept": "in a batch"}
+    assert second.cache is common.cache  # type: ignore[attr-defined]
+    assert second.tokenizer == "kept in load"
+    assert isinstance(first, Context)
+    with pytest.raises(AttributeError):
+        second.never_set  # noqa: B018
+    with pytest.raises(AttributeError, match="cl_socket"):
+        first.cl_socket  # noqa: B018
+
+
+def test_a_batch_beside_others_shares_what_a_handler_has_put_in_the_place_of_the_metrics() -> None:
+    common = context()
+    one = BatchContext(common)
+    one.begin_batch([META])
+    its_own = MetricsCache()
+    one.metrics = its_own
+    other = BatchContext(common)
+    other.begin_batch([META])
+    assert common.metrics is its_own
+    assert other.metrics.request_ids == {0: "abc"}

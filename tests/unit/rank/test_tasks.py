@@ -2,11 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
-import socket
-import textwrap
-from collections import deque
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -15,78 +11,19 @@ import pytest
 
 import minserve
 from minserve.errors import WireError
-from minserve.rank.connection import Connection
-from minserve.rank.loop import Rank
-from minserve.wire.frames import FROM_RANK, Frame, FrameReader, Kind, encode
-from minserve.wire.messages import Answers, Failure, Metrics, Progress, unpack
+from minserve.wire.frames import Frame, Kind
+from minserve.wire.messages import Answers, Failure, Metrics, unpack
 from tests.unit.rank.rig import (
-    DEADLINE_S,
     SHUTDOWN,
-    FakeSlot,
-    Running,
+    Peer,
     batch,
     cancel,
     grant,
-    launch,
-    load,
     parts,
     probe,
     resume,
+    words,
 )
-
-
-class Peer:
-    """A rank that serves in a thread, seen from the server."""
-
-    def __init__(self, model_dir: Path, source: str, **options: Any) -> None:
-        (model_dir / "handler.py").write_text(textwrap.dedent(source))
-        self._ours, theirs = socket.socketpair()
-        self._ours.settimeout(DEADLINE_S)
-        self._reader = FrameReader(2**31, FROM_RANK)
-        self._read: deque[Frame] = deque()
-        self.slot = FakeSlot()
-        self._theirs = theirs
-        self.rank = Running(Rank(launch(0, 1), Connection(theirs), self.slot).run)
-        self.give(load(str(model_dir), asynchronous=True, **options))
-        self.until(Kind.LOADED)
-
-    def give(self, *frames: Frame) -> None:
-        for one in frames:
-            self._ours.sendall(encode(one.kind, one.seq, bytes(one.meta), bytes(one.body), one.flags))
-
-    def next(self) -> Frame:
-        while not self._read:
-            count = self._ours.recv_into(self._reader.buffer())
-            assert count, "the rank has hung up"
-            self._read.extend(self._reader.received(count))
-        return self._read.popleft()
-
-    def until(self, kind: Kind) -> list[Frame]:
-        """The frames up to one of this kind, without PROGRESS."""
-        frames = [self.next()]
-        while frames[-1].kind is not kind:
-            frames.append(self.next())
-        return [one for one in frames if one.kind is not Kind.PROGRESS]
-
-    def stage(self) -> str:
-        """What the handler reports next."""
-        frame = self.next()
-        assert frame.kind is Kind.PROGRESS
-        return unpack(Progress, frame.meta).stage
-
-    def hang_up(self) -> None:
-        self._ours.close()
-
-    def close(self) -> None:
-        self._ours.close()
-        with contextlib.suppress(WireError):
-            self.rank.result()
-        self._theirs.close()
-
-
-def words(frames: list[Frame]) -> list[str]:
-    return [f"{one.kind.name} {one.seq} {b','.join(body for _, body in parts(one)).decode()}" for one in frames]
-
 
 Serve = Callable[..., Peer]
 
@@ -96,7 +33,7 @@ def serve(model_dir: Path) -> Iterator[Serve]:
     started: list[Peer] = []
 
     def start(source: str, **options: Any) -> Peer:
-        started.append(Peer(model_dir, source, **options))
+        started.append(Peer(model_dir, source, 1, asynchronous=True, **options))
         return started[-1]
 
     yield start
