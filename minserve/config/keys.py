@@ -138,7 +138,8 @@ class MinServeConfig(_Keys):
     """Seconds from the start of a worker until all its ranks have connected. Default 30."""
     in_flight: Count | None = None
     """Batches that a worker may have under way at once. Default: one where a batch takes 10 ms or more, up to 16 full ones
-    where it takes less; with asyncCommunication jobQueueSize."""
+    where it takes less; with asyncCommunication jobQueueSize; with the pipeline helper one more than it has stages, which
+    work on them side by side, where 1 makes them work on one batch after another."""
     batching: Literal["adaptive", "window"] = "adaptive"
     """How long a batch that is not full waits for more requests while the worker is free: adaptive: while that pays, at most
     maxBatchDelay; window: always maxBatchDelay, as TorchServe does. Default adaptive."""

@@ -154,6 +154,15 @@ def _check_parallelism(config: ModelConfig, document: YamlDocument) -> Iterator[
             allowed="false",
             hint="ranks that answer in any order have no common order of requests",
         )
+    places, ranks = config.minserve.in_flight, level or nproc
+    if config.parallel_type is ParallelType.PP and isinstance(ranks, int) and places and 1 < places < ranks:
+        yield document.problem(
+            ("minserve", "inFlight"),
+            found=str(places),
+            allowed=f"1, at least {ranks}, or no inFlight",
+            hint=f"fewer batches than the pipeline has stages leave some of the {ranks} ranks idle",
+            severity="warning",
+        )
 
 
 def _check_workers(config: ModelConfig, document: YamlDocument) -> Iterator[Problem]:

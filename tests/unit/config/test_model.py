@@ -329,6 +329,10 @@ def test_a_misspelled_key(read: Read, text: str, key: str, meant: str) -> None:
         ("parallelLevel: 2", ["parallelLevel: found parallelLevel without a parallelType"]),
         ("{parallelType: tp, parallelLevel: 2, minWorkers: 2}", ["minWorkers: found 2 workers", "1 is usual"]),
         ("{parallelType: tp, parallelLevel: 2, maxWorkers: 3}", ["maxWorkers: found 3 workers", "1 is usual"]),
+        (
+            "{parallelType: pp, parallelLevel: 4, minserve: {inFlight: 3}}",
+            ["minserve.inFlight: found 3", "1, at least 4", "stages"],
+        ),
         ("useJobTicket: true", ["useJobTicket: found true", "understood, not yet acted on"]),
     ],
 )
