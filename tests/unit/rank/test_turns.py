@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import functools
 import queue
+import threading
 from dataclasses import dataclass
 
 import pytest
@@ -258,3 +259,61 @@ def test_the_end_waits_for_all_that_is_under_way_unless_the_rank_ends_at_once() 
     turns.abort(SystemExit(3))
     with pytest.raises(SystemExit):
         end.result()
+
+
+class StageRank:
+    """One of two ranks of a first stage: a few threads that carry batches through, and a log of the turns they had.
+
+    Its later stages answer in order, a few batches behind; every fifth batch fails in its first turn.
+    """
+
+    def __init__(self, turns: Turns, behind: int, batches: int) -> None:
+        self.turns, self.behind, self.batches = turns, behind, batches
+        self.line = Line()
+        self.log: list[str] = []
+        self.seqs = iter(range(1, batches + 1))
+        self.sent: list[int] = []
+        self.reading = threading.Lock()
+        self.threads = [Running(self.work) for _ in range(4)]
+
+    def work(self) -> None:
+        while True:
+            with self.reading:
+                seq = next(self.seqs, 0)
+                if not seq:
+                    return
+                self.turns.announce(seq)
+            self.turns.start(seq)
+            self.log.append(f"{seq} starts")
+            if seq % 5:
+                self.answer(seq)
+                self.turns.pause(Ticket(seq, 1), self.line.receive)
+                self.log.append(f"{seq} goes on")
+            self.turns.end(seq, failed=not seq % 5)
+            if not seq % 5:
+                self.turns.settle(seq)
+
+    def answer(self, seq: int) -> None:
+        """The later stages have this one now, and are through with an earlier one. The last few come at once."""
+        self.sent.append(seq)
+        while len(self.sent) > self.behind or (self.sent and seq >= self.batches - 4):
+            self.line.give(result(self.sent.pop(0)))
+
+
+@pytest.mark.parametrize(("one", "two"), [(0, 0), (2, 0), (2, 1), (2, 2)])
+def test_two_ranks_of_a_stage_take_the_same_turns_however_their_results_come(one: int, two: int) -> None:
+    follows = Turns(follows=True)
+    told: queue.SimpleQueue[Move] = queue.SimpleQueue()
+    leader, follower = StageRank(Turns(told.put), one, 60), StageRank(follows, two, 60)
+
+    def follow() -> None:
+        while follows.wait_for_move():
+            follows.hear(told.get())
+
+    hearing = Running(follow)
+    for thread in leader.threads + follower.threads:
+        thread.result()
+    follows.stop()
+    hearing.result()
+    assert follower.log == leader.log
+    assert len(leader.log) == 60 + 48
