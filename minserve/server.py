@@ -9,6 +9,7 @@ import os
 import re
 import resource
 import signal
+import sys
 from typing import TYPE_CHECKING
 
 from aiohttp import web
@@ -28,6 +29,7 @@ from minserve.frontend.app import (
 )
 from minserve.frontend.listeners import bind_all, places
 from minserve.frontend.tls import read_identity, tls_context
+from minserve.frontends.pool import Frontends
 from minserve.registry.models import Registry
 from minserve.registry.startup import read_models
 from minserve.telemetry.system import SystemMetrics
@@ -44,6 +46,7 @@ if TYPE_CHECKING:
     from minserve.config.server import ServerOptions
     from minserve.frontend.auth import Keys
     from minserve.frontend.listeners import Listener
+    from minserve.frontend.tls import Identity
     from minserve.registry.models import ValidModel
     from minserve.telemetry.events import Event
     from minserve.telemetry.metrics import Metrics
@@ -87,6 +90,7 @@ class Server:
         self.changed = asyncio.Event()
         self._listeners: list[Listener] = []
         self._keys: Keys | None = None
+        self._frontends: Frontends | None = None
         self.inference_url = ""
         self.management_url = ""
         self.metrics_url = ""
@@ -132,7 +136,7 @@ class Server:
             # Those who own devices choose first; plain single processes share what is left.
             for model in sorted(models, key=lambda model: model.spec.config.parallel_type is ParallelType.NONE):
                 self.registry.add(model)
-            await self._listen(context, identity.certificate.decode() if identity is not None else "")
+            await self._listen(context, identity)
             self.listening.set()
             if not options.disable_system_metrics:
                 system.start()
@@ -144,6 +148,8 @@ class Server:
         finally:
             await system.stop()
             await starter.close()
+            if self._frontends is not None:
+                self._frontends.kill()
             for listener in self._listeners:
                 listener.close()
             if self._keys is not None:
@@ -188,21 +194,42 @@ class Server:
             return None
         return reading.result()
 
-    async def _listen(self, context: ssl.SSLContext | None, certificate: str) -> None:
+    async def _listen(self, context: ssl.SSLContext | None, identity: Identity | None) -> None:
         """Accepts on every address, and tells other commands of this user where."""
         urls: dict[Role, str] = {}
         for listener in self._listeners:
-            app_runner = runner(self._application(listener.roles), self._options)
-            await app_runner.setup()
-            await listener.serve(app_runner, context, self._options.header_timeout)
-            self._runners.append(app_runner)
+            if Role.INFERENCE in listener.roles and self._options.frontends > 1:
+                await self._listen_behind_frontends(listener, identity if listener.address.tls else None)
+            else:
+                app_runner = await self._run(self._application(listener.roles), self._options)
+                await listener.serve(app_runner, context, self._options.header_timeout)
             urls = dict.fromkeys(listener.roles, listener.address.url) | urls
         self.inference_url, self.management_url = urls[Role.INFERENCE], urls[Role.MANAGEMENT]
         self.metrics_url = urls.get(Role.METRICS, "")
         where = (self.inference_url, self.management_url, self.metrics_url)
         key_file = str(self._keys.path) if self._keys is not None else ""
+        certificate = identity.certificate.decode() if identity is not None else ""
         self._runtime.tell(LiveServer(os.getpid(), *where, certificate, key_file))
         logger.info("inference on %s, management on %s, metrics on %s", *where[:2], where[2] or "no address")
+
+    async def _run(self, app: web.Application, options: ServerOptions) -> web.AppRunner:
+        app_runner = runner(app, options)
+        await app_runner.setup()
+        self._runners.append(app_runner)
+        return app_runner
+
+    async def _listen_behind_frontends(self, listener: Listener, identity: Identity | None) -> None:
+        """Other processes accept there, and come to this one with what is no prediction."""
+        options = self._options.model_copy(
+            update={"access_log": False, "max_connections": sys.maxsize}
+        )  # theirs to keep
+        app_runner = await self._run(self._application(listener.roles), options)
+        assert app_runner.server is not None
+        self._frontends = Frontends(
+            *(self._options, self.registry, self._keys, listener.socket, app_runner.server, identity),
+            *(self._runtime.path, self._environ),
+        )
+        await self._frontends.start()
 
     def _application(self, roles: Set[Role]) -> web.Application:
         if {Role.INFERENCE, Role.MANAGEMENT} <= roles:
@@ -250,6 +277,8 @@ class Server:
 
     async def _close(self) -> None:
         """Closes all ports, once the last answers have been read."""
+        if self._frontends is not None:
+            await self._frontends.close()
         await asyncio.gather(*(app_runner.cleanup() for app_runner in self._runners))
 
 

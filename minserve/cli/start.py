@@ -33,6 +33,10 @@ def start(
     log_level: Annotated[
         str | None, typer.Option(envvar="MINSERVE_LOG_LEVEL", help="debug, info, warning or error. Default: info.")
     ] = None,
+    frontends: Annotated[
+        int | None,
+        typer.Option(envvar="MINSERVE_FRONTENDS", help="Processes that speak HTTP on the inference port. Default: 1."),
+    ] = None,
     reload: Annotated[
         bool, typer.Option("--reload", help="Reload a model when a file of its directory changes. For development.")
     ] = False,
@@ -52,6 +56,7 @@ def start(
         "inference_port": inference_port,
         "management_port": management_port,
         "metrics_port": metrics_port,
+        "frontends": frontends,
         "reload": reload or None,
         "log_level": log_level.lower() if log_level else None,
     }

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from minserve.config.yaml import YamlDocument
 
 ListenPort = Annotated[int, Field(ge=0, le=65535, title="an integer from 0 to 65535; 0 picks a free port")]
+Frontends = Annotated[int, Field(ge=1, le=64, title="an integer from 1 to 64")]
 Minutes = Annotated[float, Field(gt=0, title="a number of minutes > 0")]
 
 
@@ -98,6 +99,9 @@ class ServerOptions(BaseModel):
     268435456."""
     max_connections: Count = 4096
     """Open client connections on each port; one more gets a 503. Default 4096."""
+    frontends: Frontends = 1
+    """Processes that speak HTTP on the inference address, in front of the one that has the queues. More than one pays on
+    machines with many cores, see docs/architecture.md. Default 1: the server itself."""
     header_timeout: Timeout = 30.0
     """Seconds for a request's head to arrive, from the connection's start or the head's first byte. Default 30."""
     body_timeout: Timeout = 120.0

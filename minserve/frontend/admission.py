@@ -10,7 +10,7 @@ from multidict import istr
 from minserve.errors import BadRequest, Unavailable
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Mapping, MutableSequence
 
 TIMEOUT_MS = istr("x-request-timeout-ms")
 TIMEOUT_S = istr("x-request-timeout-seconds")  # Ray Serve's
@@ -37,11 +37,21 @@ class InFlightBytes:
 
     A body counts from before it is read until its request is answered. What the ranks still work on after its client was
     answered (a deadline that passed in flight) is bounded by their places, and does not count.
+
+    Args:
+        counts: the bytes of each process that takes requests; by default this one is the only one.
+        own: this process's place among them.
     """
 
-    def __init__(self, limit: int) -> None:
+    def __init__(self, limit: int, counts: MutableSequence[int] | memoryview | None = None, own: int = 0) -> None:
         self._limit = limit
-        self.used = 0
+        self._counts = [0] if counts is None else counts
+        self._own = own
+
+    @property
+    def used(self) -> int:
+        """How many there are."""
+        return sum(self._counts)
 
     def share(self) -> Share:
         """One request's part, empty at first."""
@@ -53,12 +63,17 @@ class InFlightBytes:
         Raises:
             Unavailable: there is none.
         """
-        if self.used + count > self._limit:
+        used = sum(self._counts)
+        if used + count > self._limit:
             raise Unavailable(
-                f"the request bodies in the server have {self.used} bytes, {count} more would exceed max_in_flight_bytes "
+                f"the request bodies in the server have {used} bytes, {count} more would exceed max_in_flight_bytes "
                 f"({self._limit})"
             )
-        self.used += count
+        self._counts[self._own] += count
+
+    def give_back(self, count: int) -> None:
+        """These bytes are not in the server any more."""
+        self._counts[self._own] -= count
 
 
 class Share:
@@ -81,5 +96,5 @@ class Share:
 
     def give_back(self) -> None:
         """The request is answered."""
-        self._all.used -= self._size
+        self._all.give_back(self._size)
         self._size = 0

@@ -17,8 +17,8 @@ if TYPE_CHECKING:
     from aiohttp import web
 
     from minserve.frontend.inference import Inference
+    from minserve.frontend.models import Model, Models
     from minserve.frontend.routing import Routes
-    from minserve.registry.models import Registry, ServedModel
     from minserve.wire.messages import Buffer
 
 Parts = tuple[tuple[Part, ...], list["Buffer"]]
@@ -28,7 +28,7 @@ MODEL_NAME = "model_name"
 class Aliases:
     """The routes /invocations, /models/{model}/invoke, /{model}/predict and /{model}/{version}/predict."""
 
-    def __init__(self, registry: Registry, inference: Inference) -> None:
+    def __init__(self, registry: Models, inference: Inference) -> None:
         self._registry = registry
         self._inference = inference
 
@@ -51,27 +51,28 @@ class Aliases:
         name = fields.get(MODEL_NAME)
         return await self._serve(request, None if name is None else self._named(name), fields)
 
-    async def _serve(
-        self, request: web.Request, model: ServedModel | None, fields: dict[str, bytes]
-    ) -> web.StreamResponse:
-        def complete(
-            parts: tuple[Part, ...], bodies: list[Buffer]
-        ) -> tuple[ServedModel, tuple[Part, ...], list[Buffer]]:
+    async def _serve(self, request: web.Request, model: Model | None, fields: dict[str, bytes]) -> web.StreamResponse:
+        def complete(parts: tuple[Part, ...], bodies: list[Buffer]) -> tuple[Model, tuple[Part, ...], list[Buffer]]:
             return model or self._named_in(parts, bodies), *_with_fields(parts, bodies, fields)
 
         return await self._inference.serve(request, model, complete=complete)
 
-    def _named_in(self, parts: tuple[Part, ...], bodies: list[Buffer]) -> ServedModel:
+    def _named_in(self, parts: tuple[Part, ...], bodies: list[Buffer]) -> Model:
         for part, body in zip(parts, bodies, strict=True):
             if part.name == MODEL_NAME:
                 return self._named(bytes(body))
-        names = {model.spec.name for model in self._registry.models()}
-        if len(names) != 1:
-            raise BadRequest(f"Parameter {MODEL_NAME} is required.")
-        return self._registry.find(names.pop())
+        only = self._registry.only()
+        if only is None:
+            raise no_model_named()
+        return only
 
-    def _named(self, name: bytes) -> ServedModel:
+    def _named(self, name: bytes) -> Model:
         return self._registry.find(name.decode("utf-8", "replace"))
+
+
+def no_model_named() -> BadRequest:
+    """The error of a request that names no model where there are several, or none."""
+    return BadRequest(f"Parameter {MODEL_NAME} is required.")
 
 
 def _with_fields(parts: tuple[Part, ...], bodies: list[Buffer], fields: dict[str, bytes]) -> Parts:

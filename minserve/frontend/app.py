@@ -12,7 +12,7 @@ from minserve.config.addresses import Address, Role, parse_address
 from minserve.errors import StartupError
 from minserve.frontend.aliases import Aliases
 from minserve.frontend.auth import KEY_FILE, Keys, Kind, TokenRoute
-from minserve.frontend.connections import Connections
+from minserve.frontend.connections import SHUTDOWN_TIMEOUT_S, Connections
 from minserve.frontend.cors import Cors
 from minserve.frontend.docs import Docs
 from minserve.frontend.express import Express
@@ -41,7 +41,6 @@ _TITLES = {
     Role.METRICS: "minserve: metrics",
 }
 EXPRESS = web.AppKey("express", Express)
-SHUTDOWN_TIMEOUT_S = 5.0  # for clients that are slow to read an answer; by then no request is left in flight
 
 
 def make_keys(options: ServerOptions) -> Keys | None:

@@ -83,13 +83,22 @@ class Keys:
 
         A request that was carried had it when it came.
         """
-        what = "Authentication" if kind is Kind.API else "Authorization"
 
         def check(request: web.Request) -> None:
-            if not isinstance(request.content, Carried) and not self.good(kind, request.headers):
-                raise InvalidKey(f"Token {what} failed. Token either incorrect, expired, or not provided correctly")
+            if not isinstance(request.content, Carried):
+                self.check(kind, request.headers.get(hdrs.AUTHORIZATION, ""))
 
         return check
+
+    def check(self, kind: Kind, header: str) -> None:
+        """Lets a header `Authorization` pass, "" for none.
+
+        Raises:
+            InvalidKey: it has not the key of that kind.
+        """
+        if not self.good(kind, {hdrs.AUTHORIZATION: header}):
+            what = "Authentication" if kind is Kind.API else "Authorization"
+            raise InvalidKey(f"Token {what} failed. Token either incorrect, expired, or not provided correctly")
 
     def renew(self, kind: Kind) -> None:
         """Puts a new key in the place of one. The old one is good until the file has the new one.

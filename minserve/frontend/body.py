@@ -63,7 +63,7 @@ class BodyReader:
         if declared is not None:
             self._check_size(declared)
             share.grow(declared)
-        await _send_continue(request)
+        await send_continue(request)
         limit = asyncio.get_running_loop().time() + self._timeout
         chunks: list[bytes] = []
         size = 0
@@ -91,7 +91,7 @@ class BodyReader:
             raise BodyTooLarge(f"the request body has {size} bytes, max_request_size allows {self._max_size}")
 
 
-async def _send_continue(request: web.Request) -> None:
+async def send_continue(request: web.Request) -> None:
     """Tells a client that waits for it to send its body. Only now: had it been refused, nothing need have been sent."""
     if request.version >= HttpVersion11 and not request.content.total_bytes and hdrs.EXPECT in request.headers:
         await request.writer.write(b"HTTP/1.1 100 Continue\r\n\r\n")

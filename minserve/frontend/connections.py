@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING, Protocol, cast
 
 from aiohttp import web
 
@@ -16,11 +16,18 @@ from minserve.frontend.headers import REQUEST_ID, request_id
 if TYPE_CHECKING:
     from minserve.config.server import ServerOptions
     from minserve.frontend.passage import Carrier
-    from minserve.telemetry.metrics import Metrics
 
+SHUTDOWN_TIMEOUT_S = 5.0  # for clients that are slow to read an answer; by then no request is left in flight
 LOOK_EVERY_S = 1.0
 READ_AHEAD = 65536  # bytes read of a body that nobody wants yet, twice that at most
 LINGER_S = 5.0  # how long the rest of a refused body is read, so that its sender sees the answer and no reset
+
+
+class Counting(Protocol):
+    """Who counts answers."""
+
+    def answered(self, status: int) -> None:
+        """Counts one."""
 
 
 class Connections(web.Server):
@@ -34,7 +41,7 @@ class Connections(web.Server):
         self,
         plain: web.Server,
         options: ServerOptions,
-        metrics: Metrics | None = None,
+        metrics: Counting | None = None,
         express: Carrier | None = None,
     ) -> None:
         # A client that disconnects cancels its request, which takes it out of the queue.

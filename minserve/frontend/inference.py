@@ -25,13 +25,14 @@ if TYPE_CHECKING:
 
     from minserve.config.server import ServerOptions
     from minserve.dispatch.request import Reply
+    from minserve.frontend.admission import Share
     from minserve.frontend.lane import LaneHandler
+    from minserve.frontend.models import Model, Models
     from minserve.frontend.passage import Passage
     from minserve.frontend.routing import Routes
-    from minserve.registry.models import Registry, ServedModel
     from minserve.wire.messages import Buffer, Part
 
-    Complete = Callable[[tuple[Part, ...], list[Buffer]], tuple[ServedModel, tuple[Part, ...], list[Buffer]]]
+    Complete = Callable[[tuple[Part, ...], list[Buffer]], tuple[Model, tuple[Part, ...], list[Buffer]]]
 
 METHODS = (hdrs.METH_POST, hdrs.METH_GET, hdrs.METH_PUT, hdrs.METH_DELETE, hdrs.METH_PATCH)
 EXPLAIN = "explain"
@@ -41,11 +42,11 @@ _FRAMING = frozenset({"content-length", "transfer-encoding", "connection", "keep
 class Inference:
     """The routes under /predictions and /explanations, and how a request is carried through for every other route."""
 
-    def __init__(self, registry: Registry, options: ServerOptions) -> None:
+    def __init__(self, registry: Models, options: ServerOptions, in_flight: InFlightBytes | None = None) -> None:
         self._registry = registry
         self._loop = asyncio.get_running_loop()  # kept: up to Python 3.11 to ask for it is a system call
         self._bodies = BodyReader(options)
-        self.in_flight = InFlightBytes(options.max_in_flight_bytes)
+        self.in_flight = in_flight or InFlightBytes(options.max_in_flight_bytes)
         registry.metrics.in_flight = lambda: self.in_flight.used
         self._max_response_size = options.max_response_size
 
@@ -74,7 +75,7 @@ class Inference:
     async def serve(
         self,
         request: web.Request,
-        model: ServedModel | None,
+        model: Model | None,
         operation: str = "",
         url_path: str = "",
         complete: Complete | None = None,
@@ -92,7 +93,7 @@ class Inference:
         try:
             body = self._bodies.take(request, share)
             if body is None:
-                body = await self._bodies.read(request, share, deadline)
+                body = await self._read(request, model, share, deadline)
             parts, bodies = split_body(body, headers.get(hdrs.CONTENT_TYPE, ""))
             if complete is not None:
                 model, parts, bodies = complete(parts, bodies)
@@ -103,7 +104,8 @@ class Inference:
                 model = self._registry.find(model.spec.name, version or None)
             id_ = request[ID] = request_id(headers)
             meta = RequestMeta(id_, request.raw_headers, parts, url_path, operation)
-            asked = Request(meta, bodies, deadline, self._loop.create_future(), named=bool(version))
+            asked = Request(meta, bodies, deadline, self._loop.create_future(), now, named=bool(version))
+            del body, bodies  # the request has them, and whoever takes it may let go of them earlier
             try:
                 reply = await model.dispatcher.submit(asked)
             except NoWorkers:
@@ -127,18 +129,22 @@ class Inference:
             passage.end()
 
     async def _answer(
-        self, request: web.Request, asked: Request, reply: Reply, model: ServedModel, began: float
+        self, request: web.Request, asked: Request, reply: Reply, model: Model, began: float
     ) -> web.StreamResponse:
         replied, id_ = perf_counter(), asked.meta.id
         if reply.stream is not None:
             model.dispatcher.meters.frontend.record(asked.entered - began)
-            stall_timeout = model.spec.config.minserve.stream_stall_timeout
+            stall_timeout = model.stream_stall_timeout
             return await stream_reply(request, reply, reply.stream, headers_of(reply, id_), stall_timeout)
         response = self._response(reply, id_, model)
         model.dispatcher.meters.frontend.record(asked.entered - began + perf_counter() - replied)
         return response
 
-    def _response(self, reply: Reply, id_: str, model: ServedModel) -> web.Response:
+    async def _read(self, request: web.Request, model: Model | None, share: Share, deadline: float) -> bytes:
+        """A body that was not there with its head."""
+        return await self._bodies.read(request, share, deadline)
+
+    def _response(self, reply: Reply, id_: str, model: Model) -> web.Response:
         if len(reply.body) > self._max_response_size:
             raise MinServeError(
                 f'Model "{model.spec.name}": the answer has {len(reply.body)} bytes, max_response_size allows '

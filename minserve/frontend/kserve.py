@@ -18,14 +18,17 @@ if TYPE_CHECKING:
     from aiohttp import web
 
     from minserve.frontend.inference import Inference
+    from minserve.frontend.models import Model, Models
     from minserve.frontend.routing import Routes
     from minserve.registry.models import Registry, ServedModel
 
+V2_MODELS = ("/v2/models/{model}", "/v2/models/{model}/versions/{version}")
 
-class KServe:
-    """The routes under /v1 and /v2 that ask models, and the server's state."""
 
-    def __init__(self, registry: Registry, inference: Inference) -> None:
+class KServePredictions:
+    """The routes under /v1 and /v2 that ask models."""
+
+    def __init__(self, registry: Models, inference: Inference) -> None:
         self._registry = registry
         self._inference = inference
 
@@ -33,13 +36,9 @@ class KServe:
         """v1 knows no versions. TorchServe answers v2 paths with a version by 501; here they name one."""
         add_route(routes, METHODS, "/v1/models/{model}:predict", self.predict)
         add_route(routes, METHODS, "/v1/models/{model}:explain", self.explain)
-        for model in ("/v2/models/{model}", "/v2/models/{model}/versions/{version}"):
+        for model in V2_MODELS:
             add_route(routes, METHODS, f"{model}/infer", self.predict)
             add_route(routes, METHODS, f"{model}/explain", self.explain)
-            add_route(routes, READ, f"{model}/ready", self.model_ready)
-        add_route(routes, ANY_METHOD, "/v2", self.metadata)
-        add_route(routes, ANY_METHOD, "/v2/health/live", self.live)
-        add_route(routes, ANY_METHOD, "/v2/health/ready", self.ready)
 
     async def predict(self, request: web.Request) -> web.StreamResponse:
         """Sends one request to a model and its answer to the client."""
@@ -49,9 +48,31 @@ class KServe:
         """Sends one request to a model for an explanation, and that to the client."""
         return await self._inference.serve(request, self._model(request), EXPLAIN)
 
+    def _model(self, request: web.Request) -> Model:
+        match = request.match_info
+        return self._registry.find(match["model"], match.get("version"))
+
+
+class KServe:
+    """Every route under /v1 and /v2: those that ask models, and those that tell the server's state."""
+
+    def __init__(self, registry: Registry, inference: Inference) -> None:
+        self._registry = registry
+        self._inference = inference
+
+    def add_routes(self, routes: Routes) -> None:
+        """Adds them all."""
+        KServePredictions(self._registry, self._inference).add_routes(routes)
+        for model in V2_MODELS:
+            add_route(routes, READ, f"{model}/ready", self.model_ready)
+        add_route(routes, ANY_METHOD, "/v2", self.metadata)
+        add_route(routes, ANY_METHOD, "/v2/health/live", self.live)
+        add_route(routes, ANY_METHOD, "/v2/health/ready", self.ready)
+
     async def model_ready(self, request: web.Request) -> web.Response:
         """200 while a model takes requests, else 503."""
-        model = self._model(request)
+        match = request.match_info
+        model = self._registry.find(match["model"], match.get("version"))
         ready = takes_requests(model)
         return json_response({"name": model.spec.name, "ready": ready}, 200 if ready else 503)
 
@@ -69,10 +90,6 @@ class KServe:
         """200 while every model takes requests and the server does not stop, else 503."""
         ready = not self._registry.stopping and not why_not_ready(self._registry)
         return json_response({"ready": ready}, 200 if ready else 503)
-
-    def _model(self, request: web.Request) -> ServedModel:
-        match = request.match_info
-        return self._registry.find(match["model"], match.get("version"))
 
 
 def takes_requests(model: ServedModel) -> bool:

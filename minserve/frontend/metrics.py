@@ -55,6 +55,8 @@ class MetricsRoute:
 
         Only mode prometheus has minserve's own.
         """
+        if self._metrics.gather is not None:
+            await self._metrics.gather()
         names = frozenset(request.query.getall("name[]", ()))
         body = self._metrics.text(names).encode("utf-8", "replace")
         if self._metrics.mode == "prometheus":

@@ -44,6 +44,7 @@ class Routes:
         checks: what every request has to pass, in this order.
         key: the check of a request's key, after the others; None: no key is asked for.
         describe: answers OPTIONS on each path that says nothing of its own about that method.
+        otherwise: answers every other method that a path says nothing about; None: with a 405.
         table: every route that was added, whatever stands in front of it.
     """
 
@@ -51,6 +52,7 @@ class Routes:
     checks: tuple[Check, ...] = ()
     key: Check | None = None
     describe: Handler | None = None
+    otherwise: Handler | None = None
     table: list[Route] = field(default_factory=list)
 
     def without_key(self) -> Routes:
@@ -79,7 +81,7 @@ def add_routes(routes: Routes, path: str, handlers: Mapping[str, Handler]) -> No
     Each handler is wrapped by itself: a middleware would cost every prediction two more coroutines of aiohttp's.
     """
     routes.table.append(Route(path, handlers, routes.key is not None))
-    rest: dict[str, Handler] = {} if hdrs.METH_ANY in handlers else {hdrs.METH_ANY: _refuse_method}
+    rest: dict[str, Handler] = {} if hdrs.METH_ANY in handlers else {hdrs.METH_ANY: routes.otherwise or _refuse_method}
     if rest and routes.describe is not None and hdrs.METH_OPTIONS not in handlers:
         rest = {hdrs.METH_OPTIONS: routes.describe, **rest}
     for spelling in (path,) if path.endswith((":.*}", "/")) else (path, f"{path}/"):  # TorchServe ignores a slash there
@@ -90,7 +92,7 @@ def add_routes(routes: Routes, path: str, handlers: Mapping[str, Handler]) -> No
 
 def add_not_found(routes: Routes) -> None:
     """Answers for every path that has no route. Add it last."""
-    handler = routes.in_front(_refuse_path)
+    handler = routes.in_front(routes.otherwise or _refuse_path)
     routes.router.add_route(hdrs.METH_ANY, "/{path:.*}", handler, expect_handler=_expect)
     asterisk = _Asterisk()
     asterisk.add_route(hdrs.METH_ANY, handler, expect_handler=_expect)

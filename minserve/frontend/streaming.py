@@ -72,7 +72,7 @@ async def stream_reply(
         if headers.get(hdrs.CONTENT_TYPE, "").startswith(EVENTS) and reply.status not in BODILESS:
             await _end_with_event(request, response, error, b"" if as_events else b"\n\n")
         else:
-            _break_off(request)
+            break_off(request)
     except ConnectionError as error:  # seen before the loop has cancelled this call
         logger.debug("%s: the client has left its stream: %s", request.raw_path, error)
     finally:
@@ -116,7 +116,8 @@ async def _end_with_event(
         request.transport.close()  # what waits in it still goes out
 
 
-def _break_off(request: web.Request) -> None:
+def break_off(request: web.Request) -> None:
+    """Ends the connection of an answer that is not whole, so that its client sees that."""
     transport = request.transport
     if transport is None:
         return

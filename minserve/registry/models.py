@@ -201,6 +201,11 @@ class Registry:
         """All versions of a model, in the order in which they came; empty where there is none."""
         return self._catalogue.versions(name)
 
+    def only(self) -> ServedModel | None:
+        """The default version of the one model that there is; None: there is none, or there are several."""
+        names = {model.spec.name for model in self.models()}
+        return self.find(names.pop()) if len(names) == 1 else None
+
     def location(self, name: str, version: str | None = None) -> Location:
         """Where a model, served or broken, lies.
 

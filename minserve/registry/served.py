@@ -54,6 +54,11 @@ class ServedModel:
         self.extracted = model.extracted
         self._scaled: tuple[int, int] | None = None
 
+    @property
+    def stream_stall_timeout(self) -> float:
+        """Seconds for which a stream's client may take no byte."""
+        return self.spec.config.minserve.stream_stall_timeout
+
     async def wait_started(self, timeout: float | None = None) -> bool:
         """Waits until the fewest workers are READY, or `timeout` seconds. Returns whether they are.
 

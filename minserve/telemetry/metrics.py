@@ -29,7 +29,7 @@ from minserve.telemetry.recorded import Complaints, HandlerMetrics
 from minserve.telemetry.series import Family, Nothing
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Collection, Iterable, Sequence
+    from collections.abc import Awaitable, Callable, Collection, Iterable, Sequence
 
     from minserve.telemetry.recorded import Recorded
     from minserve.telemetry.series import Series
@@ -52,6 +52,7 @@ class Metrics:
 
     Attributes:
         in_flight: tells the bytes of the request bodies that are in the server.
+        gather: fetches what other processes have measured, if there are any, before all metrics are shown.
     """
 
     def __init__(
@@ -65,6 +66,7 @@ class Metrics:
         self.mode = mode
         self.hostname = hostname or socket.gethostname()
         self.in_flight: Callable[[], int] = lambda: 0
+        self.gather: Callable[[], Awaitable[None]] | None = None
         self._now = now
         self._families: list[Family] = []
         self._complaints = Complaints()

@@ -93,6 +93,17 @@ class Histogram:
         self._counts[bisect_left(self._bounds, value)] += count
         self.total += value * count
 
+    def add(self, counts: Sequence[int], total: float) -> None:
+        """Observes what another one of the same bounds has given away, see `take`."""
+        self._counts = [ours + theirs for ours, theirs in zip(self._counts, counts, strict=True)]
+        self.total += total
+
+    def take(self) -> tuple[tuple[int, ...], float]:
+        """How many values fell into each bucket, and their sum; it begins anew then."""
+        counts, total = tuple(self._counts), self.total
+        self._counts, self.total = [0] * len(counts), 0.0
+        return counts, total
+
     def buckets(self) -> list[tuple[str, int]]:
         """Each bound, as text, with how many values were no larger."""
         seen = 0

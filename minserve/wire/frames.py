@@ -31,7 +31,11 @@ SCRATCH_BYTES = 256 * 1024  # what uvloop and a unix socket move in one read
 
 
 class Kind(enum.IntEnum):
-    """What a frame says. Below 32: from a rank to the server. From 32: from the server to every rank."""
+    """What a frame says. Below 32: from a rank to the server. From 32: from the server to every rank.
+
+    From 64: from a frontend process to the one with the dispatchers. From 96: the other way. Their seq numbers the requests
+    of that frontend process.
+    """
 
     HELLO = 1  # who I am; the first frame on a connection
     PROGRESS = 2  # how far my load is
@@ -49,6 +53,24 @@ class Kind(enum.IntEnum):
     GRANT = 35  # the stream of batch seq may go up to a step
     CANCEL = 36  # the stream of batch seq ends behind the last granted step
     SHUTDOWN = 37
+
+    OPEN = 64  # this process is about to accept clients
+    ASK = 65  # may this client send a request?
+    SUBMIT = 66  # a request
+    LEAVE = 67  # its client has left
+    TAKEN = 68  # its client has taken so much of the stream
+    RECORDED = 69  # what was measured since the last one; with a seq: the answer to that GATHER
+    LOG = 70  # a line for the log
+
+    START = 96  # what a frontend process is to do; the first frame
+    ALLOWED = 97  # the answer to ASK: it may
+    REFUSED = 98  # the answer to ASK or SUBMIT, or the end of a stream: an error
+    ANSWER = 99  # the answer to SUBMIT
+    STREAM = 100  # the head of a stream
+    PIECE = 101  # some bytes of it
+    END = 102  # the end of it
+    GATHER = 103  # tell what was measured
+    STOP = 104  # accept nobody any more, let finish what is in flight, and end
 
 
 PROBE = 1  # flag of a BATCH without requests: run the handler's probe; every rank answers, those > 0 with DONE
@@ -184,4 +206,6 @@ class FrameReader:
 
 
 FROM_RANK = frozenset(kind for kind in Kind if kind < Kind.LOAD)
-FROM_SERVER = frozenset(kind for kind in Kind if kind >= Kind.LOAD)
+FROM_SERVER = frozenset(kind for kind in Kind if Kind.LOAD <= kind < Kind.OPEN)
+FROM_FRONTEND = frozenset(kind for kind in Kind if Kind.OPEN <= kind < Kind.START)
+TO_FRONTEND = frozenset(kind for kind in Kind if kind >= Kind.START)

@@ -6,6 +6,7 @@ they lie behind the meta in the order in which the meta lists their lengths.
 
 from __future__ import annotations
 
+import functools
 from typing import TYPE_CHECKING, TypeVar
 
 import msgspec
@@ -222,10 +223,11 @@ class Shutdown(Message):
 
 M = TypeVar("M", bound=Message)
 _encoder = msgspec.msgpack.Encoder()
-_decoders: dict[type[Message], msgspec.msgpack.Decoder[Message]] = {
-    kind: msgspec.msgpack.Decoder(kind)
-    for kind in (Hello, Progress, Loaded, Failure, Answers, Metrics, Load, Batch, Step, Shutdown)
-}
+
+
+@functools.cache
+def _decoder(kind: type[Message]) -> msgspec.msgpack.Decoder[Message]:
+    return msgspec.msgpack.Decoder(kind)
 
 
 def pack(kind: Kind, message: Message, seq: int = 0, flags: int = 0) -> bytes:
@@ -251,7 +253,7 @@ def unpack(kind: type[M], meta: Buffer) -> M:
         WireError: it is not one of that kind.
     """
     try:
-        return _decoders[kind].decode(meta)  # type: ignore[return-value]  # one decoder per class, by construction
+        return _decoder(kind).decode(meta)  # type: ignore[return-value]  # one decoder per class, by construction
     except (msgspec.DecodeError, msgspec.ValidationError, UnicodeDecodeError) as error:
         raise WireError(f"bad {kind.__name__} message: {error}") from None
 

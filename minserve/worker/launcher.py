@@ -5,10 +5,8 @@
 
 from __future__ import annotations
 
-import ctypes
 import os
 import resource
-import signal
 import socket
 import subprocess
 import sys
@@ -17,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import minserve
+from minserve.worker.processes import die_with
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -26,8 +25,6 @@ if TYPE_CHECKING:
     from minserve.worker.endpoints import Endpoints
     from minserve.worker.spec import ModelSpec
 
-PR_SET_PDEATHSIG = 1  # prctl(2)
-_libc = ctypes.CDLL(None, use_errno=True)  # loaded here: between fork and exec nothing may be imported
 _open_files = resource.getrlimit(resource.RLIMIT_NOFILE)  # as the user set it, before the server raises its own
 
 
@@ -142,15 +139,12 @@ def _interfaces(environ: Mapping[str, str]) -> dict[str, str]:
 def spawn(launch: Launch, environ: Mapping[str, str], inherited: tuple[int, ...] = ()) -> subprocess.Popen[bytes]:
     """Starts it, with its output on a non-blocking pipe and, if need be, some open files.
 
-    Call it from the event loop's thread: the kernel ties PR_SET_PDEATHSIG to the thread that forked, so that thread must
-    live as long as the server.
+    Call it from the event loop's thread, which lives as long as the server, see `die_with`.
     """
     server = os.getpid()
 
     def before_exec() -> None:
-        _libc.prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
-        if os.getppid() != server:  # it died before the line above
-            os.kill(os.getpid(), signal.SIGKILL)
+        die_with(server)
         resource.setrlimit(resource.RLIMIT_NOFILE, _open_files)
 
     process = subprocess.Popen(

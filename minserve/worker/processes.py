@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import ctypes
 import fcntl
 import os
 import signal
@@ -17,9 +18,21 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator
 
 _GET_INFO, _INFO_BYTES, _INFO_EXIT = 0xC040FF0B, 64, 8  # PIDFD_GET_INFO, PIDFD_INFO_SIZE_VER0, PIDFD_INFO_EXIT
+PR_SET_PDEATHSIG = 1  # prctl(2)
+_libc = ctypes.CDLL(None, use_errno=True)  # loaded here: between fork and exec nothing may be imported
 STOPPED = frozenset("Tt")  # by a signal, or by a debugger: proc(5)
 IN_THE_KERNEL = "D"
 ENDED = frozenset("ZX")  # states of a process that has not been reaped yet: proc(5)
+
+
+def die_with(parent: int) -> None:
+    """Ties a new process to its parent: the kernel kills it when that dies. For between fork and exec.
+
+    The kernel ties it to the thread that forked, so that thread must live as long as the parent.
+    """
+    _libc.prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+    if os.getppid() != parent:  # it died before the line above
+        os.kill(os.getpid(), signal.SIGKILL)
 
 
 class Watch:

@@ -23,6 +23,7 @@ SERVER_HALF = [
     {"recording"},
     {"client"},
     {"server"},
+    {"frontends"},
     {"frontend"},
     {"registry"},
     {"worker"},

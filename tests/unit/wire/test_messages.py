@@ -52,7 +52,9 @@ EXAMPLES: list[Message] = [
 
 
 def test_the_examples_cover_every_message() -> None:
-    assert {type(example) for example in EXAMPLES} == set(messages._decoders)
+    inside_others = {Answer, Metric, Part, RequestMeta}
+    ours = {kind for kind in Message.__subclasses__() if kind.__module__ == messages.__name__}
+    assert {type(example) for example in EXAMPLES} == ours - inside_others
 
 
 @pytest.mark.parametrize("message", EXAMPLES, ids=lambda message: type(message).__name__)

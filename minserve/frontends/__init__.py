@@ -1,0 +1,1 @@
+"""Several processes that speak HTTP, in front of the one that has the dispatchers and owns order."""

@@ -1,0 +1,209 @@
+"""One of the frontend processes, through all its lives."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import math
+import os
+import socket
+import subprocess
+import sys
+from typing import TYPE_CHECKING
+
+from minserve.errors import StartupError
+from minserve.frontends.channel import Channel
+from minserve.frontends.door import Door
+from minserve.wire.frames import FROM_FRONTEND, Kind
+from minserve.worker.processes import Watch, die_with
+from minserve.worker.retry import RetryWindow
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping
+
+    from aiohttp import web
+
+    from minserve.frontends.messages import Start
+    from minserve.frontends.shared import Shared
+    from minserve.wire.frames import Frame
+
+logger = logging.getLogger(__name__)
+
+BACKOFF_S = (0.0, 1.0, 2.0, 3.0, 5.0)
+STABLE_S = 60.0
+
+
+class Member:
+    """One process. When it ends by itself another takes its place.
+
+    Args:
+        start: what it is told.
+        listener: the socket that it accepts on.
+        door: makes the server's end of a channel to it.
+        server: makes a protocol for each connection of a request that is no prediction.
+
+    Attributes:
+        opened: set while it accepts clients.
+        ended: set while there is no process.
+        channel: to its present life.
+    """
+
+    def __init__(
+        self,
+        start: Start,
+        listener: socket.socket,
+        shared: Shared,
+        door: Callable[[Channel], Door],
+        server: web.Server,
+        environ: Mapping[str, str],
+    ) -> None:
+        self._start = start
+        self._listener = listener
+        self._shared = shared
+        self._make_door = door
+        self._server = server
+        self._environ = environ
+        self._connecting: set[asyncio.Task[object]] = set()
+        self._loop = asyncio.get_running_loop()
+        self._window = RetryWindow(self._loop, BACKOFF_S, math.inf, STABLE_S, None)
+        self._timer: asyncio.TimerHandle | None = None
+        self._stopping = False
+        self._gathered: asyncio.Future[None] | None = None
+        self.opened = asyncio.Event()
+        self.ended = asyncio.Event()
+        self.ended.set()
+
+    # ── its life ──
+
+    async def start(self) -> None:
+        """Starts it, and waits until it accepts clients.
+
+        Raises:
+            StartupError: it has ended before that.
+        """
+        await self._spawn()
+        waits = [asyncio.create_task(event.wait()) for event in (self.opened, self.ended)]
+        try:
+            await asyncio.wait(waits, return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            for wait in waits:
+                wait.cancel()
+        if not self.opened.is_set():
+            raise StartupError(f"frontend process {self._start.number} has ended as it started, see above")
+
+    async def _spawn(self) -> None:
+        ours = self._launch()
+        self.ended.clear()
+        self.channel = Channel(FROM_FRONTEND, self._received, self._lost)
+        self._door = self._make_door(self.channel)
+        self._watch = Watch(self._process.pid, self._exited)
+        await self._loop.create_unix_connection(lambda: self.channel, sock=ours)
+        self.channel.send(Kind.START, message=self._start)
+
+    def _launch(self) -> socket.socket:
+        """Starts the process. Returns the server's end of the channel."""
+        ours, theirs = socket.socketpair()
+        self._handed_over, handing_over = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        server = os.getpid()
+        with theirs, handing_over:
+            self._process = subprocess.Popen(
+                [sys.executable, "-P", "-m", "minserve.frontends"],  # -P: a local `queue.py` is not Python's
+                stdin=theirs.fileno(),
+                stdout=subprocess.DEVNULL,
+                env=self._environ,
+                start_new_session=True,  # Ctrl-C on the terminal is for the server
+                preexec_fn=lambda: die_with(server),
+            )
+            descriptors = [self._listener.fileno(), handing_over.fileno(), self._shared.descriptor]
+            socket.send_fds(ours, [b"\0"], descriptors)
+        ours.setblocking(False)
+        self._handed_over.setblocking(False)
+        self._loop.add_reader(self._handed_over, self._connected)
+        return ours
+
+    def _connected(self) -> None:
+        """It hands over the server's end of a connection, for a request that is no prediction."""
+        try:
+            _, descriptors, _, _ = socket.recv_fds(self._handed_over, 1, 1)
+        except BlockingIOError:
+            return
+        if not descriptors:  # the process has ended
+            self._loop.remove_reader(self._handed_over)
+            return
+        connection = socket.socket(fileno=descriptors[0])
+        connection.setblocking(False)
+        task = self._loop.create_task(self._loop.connect_accepted_socket(self._server, connection))
+        self._connecting.add(task)
+        task.add_done_callback(self._connecting.discard)
+
+    def stop(self) -> None:
+        """Lets it finish what is in flight, and end."""
+        self._stopping = True
+        if self._timer is not None:
+            self._timer.cancel()
+        if self.opened.is_set():
+            self.channel.send(Kind.STOP)
+        elif not self.ended.is_set():
+            self._process.kill()
+
+    def kill(self) -> None:
+        """Ends it at once."""
+        self.stop()
+        if not self.ended.is_set():
+            self._process.kill()
+
+    # ── what it sends ──
+
+    async def gather(self) -> None:
+        """Waits until it has told what it has measured."""
+        if self.opened.is_set():
+            if self._gathered is None:
+                self._gathered = self._loop.create_future()
+                self.channel.send(Kind.GATHER, 1)
+            await asyncio.shield(self._gathered)  # several may wait
+
+    def _received(self, frame: Frame) -> None:
+        if frame.kind is Kind.OPEN:
+            self._window.ready()
+            self.opened.set()
+            return
+        self._door.received(frame)
+        if frame.kind is Kind.RECORDED and frame.seq:
+            self._all_gathered()
+
+    def _all_gathered(self) -> None:
+        if self._gathered is not None:
+            self._gathered.set_result(None)
+            self._gathered = None
+
+    # ── its end ──
+
+    def _lost(self, reason: str) -> None:
+        if reason:
+            logger.error("frontend process %d (pid %d): %s", self._start.number, self._process.pid, reason)
+        self._process.kill()  # if it has not ended: it is of no use to anybody
+
+    def _exited(self, code: int | None) -> None:
+        pid, number = self._process.pid, self._start.number
+        code = self._process.wait()
+        self.opened.clear()
+        self.ended.set()
+        self.channel.abort()
+        self._door.close()
+        self._loop.remove_reader(self._handed_over)
+        self._handed_over.close()
+        self._shared.forget(number)
+        self._all_gathered()
+        if self._stopping:
+            return
+        delay = self._window.failed(served=False) or 0.0
+        logger.error(
+            "frontend process %d (pid %d) exited with code %d; its clients have lost their connections, the others serve "
+            "on; another starts in %g s",
+            *(number, pid, code, delay),
+        )
+        self._timer = self._loop.call_later(delay, self._again)
+
+    def _again(self) -> None:
+        self._timer = None
+        self._spawning = asyncio.create_task(self._spawn())

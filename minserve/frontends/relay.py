@@ -1,0 +1,63 @@
+"""A stream on its way to a frontend process: no more is sent than its client has nearly taken."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import TYPE_CHECKING
+
+from minserve.errors import MinServeError
+from minserve.frontends.messages import Piece, Refused
+from minserve.wire.frames import Kind
+
+if TYPE_CHECKING:
+    from minserve.dispatch.request import Stream
+    from minserve.frontends.channel import Channel
+
+AHEAD = 65536  # bytes that may be under way to a client and not taken yet
+
+
+class Relay:
+    """Sends a stream until it ends.
+
+    What waits for a slow client waits in the stream itself, which holds back the ranks once it is full. Nothing else would:
+    the other end of the channel reads for all its clients.
+
+    Args:
+        relays: where this one is to be found by its number while it is at work.
+    """
+
+    def __init__(self, number: int, stream: Stream, channel: Channel, relays: dict[int, Relay]) -> None:
+        self._number = number
+        self._stream = stream
+        self._channel = channel
+        self._relays = relays
+        self._under_way = 0
+        self._room = asyncio.Event()
+        self._task = asyncio.create_task(self._run())
+
+    def taken(self, count: int) -> None:
+        """The client has taken so many bytes more."""
+        self._under_way -= count
+        if self._under_way < AHEAD:
+            self._room.set()
+
+    def cancel(self) -> None:
+        """The client has left."""
+        self._task.cancel()
+        self._stream.mute()  # at once: a task that has not begun never comes to its `finally`
+
+    async def _run(self) -> None:
+        number, channel = self._number, self._channel
+        try:
+            while (piece := await self._stream.next()) is not None:
+                channel.send_with_body(Kind.PIECE, number, Piece(), [piece])
+                self._under_way += len(piece)
+                while self._under_way >= AHEAD:
+                    self._room.clear()
+                    await self._room.wait()
+            channel.send(Kind.END, number)
+        except MinServeError as error:
+            channel.send(Kind.REFUSED, number, Refused.of(error))
+        finally:
+            self._stream.mute()
+            self._relays.pop(number, None)

@@ -1,0 +1,157 @@
+"""A frontend process's end of its channel: what it asks the server, and where the answers go."""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+from time import perf_counter
+from typing import TYPE_CHECKING
+
+from minserve.dispatch.request import Reply, Stream
+from minserve.frontends.messages import Allowed, Answered, Ask, Refused, Submit, Taken, ToldError
+from minserve.frontends.relay import AHEAD
+from minserve.wire.frames import Kind
+from minserve.wire.messages import unpack
+
+if TYPE_CHECKING:
+    from minserve.dispatch.request import Request
+    from minserve.frontends.channel import Channel
+    from minserve.wire.frames import Frame
+    from minserve.wire.messages import Buffer
+
+
+class Uplink:
+    """Requests and questions under way, by their numbers.
+
+    Attributes:
+        channel: to the server.
+    """
+
+    def __init__(self, channel: Channel) -> None:
+        self.channel = channel
+        self._loop = asyncio.get_running_loop()
+        self._numbers = itertools.count(1)
+        self._asked: dict[int, asyncio.Future[float]] = {}
+        self._waiting: dict[int, Request] = {}
+        self._streams: dict[int, RelayedStream] = {}
+
+    # ── out ──
+
+    async def ask(self, model: str | None, version: str, authorization: str) -> float:
+        """Asks whether a client may send a request. Returns how many seconds it has then.
+
+        Raises:
+            ToldError: it may not.
+        """
+        number = next(self._numbers)
+        asked: asyncio.Future[float] = self._loop.create_future()
+        self._asked[number] = asked
+        self.channel.send(Kind.ASK, number, Ask(model, version, authorization))
+        try:
+            return await asked
+        finally:
+            del self._asked[number]
+
+    async def submit(self, model: str | None, version: str, request: Request) -> Reply:
+        """Sends a request and waits for its answer. Cancelling the call takes it out of the queue.
+
+        Raises:
+            ToldError: it was refused, expired, or failed with its worker.
+        """
+        number = next(self._numbers)
+        asked = Submit(model, version, request.arrived, request.deadline, request.meta)
+        self._waiting[number] = request
+        self.channel.send_with_body(Kind.SUBMIT, number, asked, request.bodies)
+        request.bodies = ()  # the server has them
+        request.entered = perf_counter()
+        try:
+            return await request.reply
+        except asyncio.CancelledError:  # perhaps with the answer already there, and nobody to take it
+            if request.stream is not None:
+                request.stream.mute()
+            elif number in self._waiting:
+                self.channel.send(Kind.LEAVE, number)
+            raise
+        finally:
+            self._waiting.pop(number, None)
+
+    # ── in ──
+
+    def received(self, frame: Frame) -> None:
+        """Takes a frame about a request, or about a question.
+
+        Raises:
+            WireError: it is not what it says.
+        """
+        number = frame.seq
+        match frame.kind:
+            case Kind.ANSWER:
+                request = self._waiting.pop(number, None)
+                if request is not None and not request.reply.done():
+                    answered = unpack(Answered, frame.meta)
+                    request.reply.set_result(Reply(answered.status, answered.reason, answered.headers, frame.body))
+            case Kind.STREAM:
+                self._begin_stream(number, unpack(Answered, frame.meta))
+            case Kind.PIECE if number in self._streams:
+                self._streams[number].put(frame.body)
+            case Kind.END if number in self._streams:
+                self._streams.pop(number).end()
+            case Kind.REFUSED:
+                self._refused(number, ToldError(unpack(Refused, frame.meta)))
+            case Kind.ALLOWED if number in self._asked:
+                self._asked[number].set_result(unpack(Allowed, frame.meta).request_timeout)
+
+    def _begin_stream(self, number: int, head: Answered) -> None:
+        request = self._waiting.pop(number, None)
+        if request is None:  # its client has left, which the server will hear of
+            return
+        stream = RelayedStream(number, self, head.stall_timeout)
+        if request.reply.done():
+            stream.mute()
+            return
+        self._streams[number] = request.stream = stream
+        request.reply.set_result(Reply(head.status, head.reason, head.headers, b"", stream))
+
+    def _refused(self, number: int, error: ToldError) -> None:
+        if number in self._waiting:
+            self._waiting.pop(number).fail(error)
+        elif number in self._streams:
+            self._streams.pop(number).end(error)
+        elif number in self._asked and not self._asked[number].done():
+            self._asked[number].set_exception(error)
+
+    def leave_stream(self, number: int) -> None:
+        """The client of a stream has left."""
+        self._streams.pop(number, None)
+        self.channel.send(Kind.LEAVE, number)
+
+
+class RelayedStream(Stream):
+    """A stream that comes from the server, which is told how much of it its client has taken.
+
+    Attributes:
+        stall_timeout: seconds for which the client may take no byte.
+    """
+
+    __slots__ = ("_number", "_taken", "_uplink", "stall_timeout")
+
+    def __init__(self, number: int, uplink: Uplink, stall_timeout: float) -> None:
+        super().__init__(2 * AHEAD, self._changed)  # never reached: the server sends no more than AHEAD and a chunk
+        self._number = number
+        self._uplink = uplink
+        self._taken = 0
+        self.stall_timeout = stall_timeout
+
+    async def next(self) -> Buffer | None:
+        """See `Stream.next`."""
+        piece = await super().next()
+        if piece is not None:
+            self._taken += len(piece)
+            if self._taken >= AHEAD // 2:  # not with each piece: the server need not hear of every token
+                self._uplink.channel.send(Kind.TAKEN, self._number, Taken(self._taken))
+                self._taken = 0
+        return piece
+
+    def _changed(self) -> None:
+        if self.muted:
+            self._uplink.leave_stream(self._number)
