@@ -222,7 +222,7 @@ class Connection(LaneHandler):
             self.force_close()
         elif not self._body.is_eof():
             self._break_off(_cut_short())
-        else:
+        elif self._body.exception() is None:  # else it was broken off already: the loop may tell of one end twice
             if not self._messages:
                 self.close()
             if request is not None:  # else what there is, is an answer on its way out

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from minserve.errors import WireError
 from minserve.wire import frames
-from minserve.wire.frames import FROM_RANK, FROM_SERVER, HEADER, MAGIC, SCRATCH_BYTES, Frame, FrameReader, Kind, encode
+from minserve.wire.frames import FROM_FRONTEND, FROM_RANK, FROM_SERVER, HEADER, MAGIC, SCRATCH_BYTES, TO_FRONTEND, Frame, FrameReader, Kind, encode
 from tests.fakes import feed
 
 ALL = frozenset(Kind)
@@ -64,8 +64,9 @@ def test_a_header_lies_on_the_wire_as_documented() -> None:
 
 
 def test_every_kind_belongs_to_one_direction() -> None:
-    assert FROM_RANK | FROM_SERVER == ALL
-    assert not FROM_RANK & FROM_SERVER
+    directions = (FROM_RANK, FROM_SERVER, FROM_FRONTEND, TO_FRONTEND)
+    assert frozenset().union(*directions) == ALL
+    assert sum(map(len, directions)) == len(ALL)
 
 
 def test_several_frames_in_one_read_come_out_in_order() -> None:
