@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 from minserve.errors import StartupError
 from minserve.frontends.channel import Channel
 from minserve.frontends.door import Door
+from minserve.frontends.handover import Handover
 from minserve.wire.frames import FROM_FRONTEND, Kind
 from minserve.worker.processes import Watch, die_with
 from minserve.worker.retry import RetryWindow
@@ -63,7 +64,6 @@ class Member:
         self._make_door = door
         self._server = server
         self._environ = environ
-        self._connecting: set[asyncio.Task[object]] = set()
         self._loop = asyncio.get_running_loop()
         self._window = RetryWindow(self._loop, BACKOFF_S, math.inf, STABLE_S, None)
         self._timer: asyncio.TimerHandle | None = None
@@ -103,7 +103,8 @@ class Member:
     def _launch(self) -> socket.socket:
         """Starts the process. Returns the server's end of the channel."""
         ours, theirs = socket.socketpair()
-        self._handed_over, handing_over = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        handed_over, handing_over = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        self._handover = Handover(handed_over, self._server)
         server = os.getpid()
         with theirs, handing_over:
             self._process = subprocess.Popen(
@@ -117,24 +118,7 @@ class Member:
             descriptors = [self._listener.fileno(), handing_over.fileno(), self._shared.descriptor]
             socket.send_fds(ours, [b"\0"], descriptors)
         ours.setblocking(False)
-        self._handed_over.setblocking(False)
-        self._loop.add_reader(self._handed_over, self._connected)
         return ours
-
-    def _connected(self) -> None:
-        """It hands over the server's end of a connection, for a request that is no prediction."""
-        try:
-            _, descriptors, _, _ = socket.recv_fds(self._handed_over, 1, 1)
-        except BlockingIOError:
-            return
-        if not descriptors:  # the process has ended
-            self._loop.remove_reader(self._handed_over)
-            return
-        connection = socket.socket(fileno=descriptors[0])
-        connection.setblocking(False)
-        task = self._loop.create_task(self._loop.connect_accepted_socket(self._server, connection))
-        self._connecting.add(task)
-        task.add_done_callback(self._connecting.discard)
 
     def stop(self) -> None:
         """Lets it finish what is in flight, and end."""
@@ -190,8 +174,7 @@ class Member:
         self.ended.set()
         self.channel.abort()
         self._door.close()
-        self._loop.remove_reader(self._handed_over)
-        self._handed_over.close()
+        self._handover.close()
         self._shared.forget(number)
         self._all_gathered()
         if self._stopping:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 from typing import TYPE_CHECKING
 
 from minserve.errors import MinServeError
@@ -12,6 +13,8 @@ from minserve.wire.frames import Kind
 if TYPE_CHECKING:
     from minserve.dispatch.request import Stream
     from minserve.frontends.channel import Channel
+
+logger = logging.getLogger(__name__)
 
 AHEAD = 65536  # bytes that may be under way to a client and not taken yet
 
@@ -56,7 +59,9 @@ class Relay:
                     self._room.clear()
                     await self._room.wait()
             channel.send(Kind.END, number)
-        except MinServeError as error:
+        except Exception as error:
+            if not isinstance(error, MinServeError):
+                logger.exception("a stream to a frontend process: unforeseen")
             channel.send(Kind.REFUSED, number, Refused.of(error))
         finally:
             self._stream.mute()

@@ -259,10 +259,7 @@ class Rig:
         return status_of(head), head, rest
 
     async def __aenter__(self) -> Self:
-        app = inference_app(self.registry, self._options, self._keys)
-        if not self._express:
-            del app[EXPRESS]
-        self.inference = Client(Server(app, self._options))
+        self.inference = Client(await self.make_inference())
         self.management = Client(Server(management_app(self.registry, self._options, self._keys), self._options))
         await self.inference.start_server()
         await self.management.start_server()
@@ -274,6 +271,13 @@ class Rig:
         self.in_flight = _in_flight(self.inference.server.app)
         self.connections._timer.cancel()
         return self
+
+    async def make_inference(self) -> Server:
+        """What answers on the inference port."""
+        app = inference_app(self.registry, self._options, self._keys)
+        if not self._express:
+            del app[EXPRESS]
+        return Server(app, self._options)
 
     async def __aexit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None

@@ -10,7 +10,19 @@ from hypothesis import strategies as st
 
 from minserve.errors import WireError
 from minserve.wire import frames
-from minserve.wire.frames import FROM_FRONTEND, FROM_RANK, FROM_SERVER, HEADER, MAGIC, SCRATCH_BYTES, TO_FRONTEND, Frame, FrameReader, Kind, encode
+from minserve.wire.frames import (
+    FROM_FRONTEND,
+    FROM_RANK,
+    FROM_SERVER,
+    HEADER,
+    MAGIC,
+    SCRATCH_BYTES,
+    TO_FRONTEND,
+    Frame,
+    FrameReader,
+    Kind,
+    encode,
+)
 from tests.fakes import feed
 
 ALL = frozenset(Kind)

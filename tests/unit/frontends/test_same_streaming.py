@@ -1,0 +1,3 @@
+"""The tests of one process, on a frontend process and the server behind it."""
+
+from tests.unit.frontend.test_streaming import *  # noqa: F403
