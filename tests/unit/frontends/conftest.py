@@ -13,6 +13,6 @@ __all__ = ["held", "options"]
 
 @pytest_asyncio.fixture
 async def rig(options: ServerOptions, monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[Behind]:
-    monkeypatch.setattr("minserve.registry.models.Supervisor", FakeSupervisor)
+    monkeypatch.setattr("minserve.registry.making.Supervisor", FakeSupervisor)
     async with Behind(options) as rig:
         yield rig

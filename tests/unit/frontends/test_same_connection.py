@@ -7,4 +7,7 @@ from tests.unit.frontend.test_connection import (
 )
 
 # These two count the turns of the loop from the answer of a worker, or of /ping, to the end of its request.
-del test_a_client_that_leaves_just_behind_its_answer_is_closed, test_an_idle_connection_is_closed_after_keepalive_timeout
+del (
+    test_a_client_that_leaves_just_behind_its_answer_is_closed,
+    test_an_idle_connection_is_closed_after_keepalive_timeout,
+)
