@@ -83,9 +83,21 @@ class RemoteModel:
     async def submit(self, request: Request) -> Reply:
         """See `Uplink.submit`."""
         reply = await self._uplink.submit(self.asked, self.version, request)
-        if isinstance(reply.stream, RelayedStream):
-            self.stream_stall_timeout = reply.stream.stall_timeout
+        self.finish(request, answered=True)
         return reply
+
+    def begin(self, request: Request) -> None:
+        """See `Dispatcher.begin`. It never refuses: that comes as the reply."""
+        self._uplink.begin(self.asked, self.version, request)
+
+    def withdraw(self, request: Request) -> None:
+        """See `Dispatcher.withdraw`."""
+        self._uplink.withdraw(request)
+
+    def finish(self, request: Request, answered: bool) -> None:
+        """See `Dispatcher.finish`."""
+        if isinstance(request.stream, RelayedStream):
+            self.stream_stall_timeout = request.stream.stall_timeout
 
 
 class RemoteModels:

@@ -30,9 +30,10 @@ class Uplink:
     def __init__(self, channel: Channel) -> None:
         self.channel = channel
         self._loop = asyncio.get_running_loop()
-        self._numbers = itertools.count(1)
+        self._next = itertools.count(1)
         self._asked: dict[int, asyncio.Future[float]] = {}
         self._waiting: dict[int, Request] = {}
+        self._numbers: dict[Request, int] = {}  # of those that wait
         self._streams: dict[int, RelayedStream] = {}
 
     # ── out ──
@@ -43,7 +44,7 @@ class Uplink:
         Raises:
             ToldError: it may not.
         """
-        number = next(self._numbers)
+        number = next(self._next)
         asked: asyncio.Future[float] = self._loop.create_future()
         self._asked[number] = asked
         self.channel.send(Kind.ASK, number, Ask(model, version, authorization))
@@ -58,22 +59,31 @@ class Uplink:
         Raises:
             ToldError: it was refused, expired, or failed with its worker.
         """
-        number = next(self._numbers)
-        asked = Submit(model, version, request.arrived, request.deadline, request.meta)
-        self._waiting[number] = request
-        self.channel.send_with_body(Kind.SUBMIT, number, asked, request.bodies)
-        request.bodies = ()  # the server has them
-        request.entered = perf_counter()
+        self.begin(model, version, request)
         try:
             return await request.reply
         except asyncio.CancelledError:  # perhaps with the answer already there, and nobody to take it
-            if request.stream is not None:
-                request.stream.mute()
-            elif number in self._waiting:
-                self.channel.send(Kind.LEAVE, number)
+            self.withdraw(request)
             raise
-        finally:
-            self._waiting.pop(number, None)
+
+    def begin(self, model: str | None, version: str, request: Request) -> None:
+        """Sends a request, whose `reply` then tells the answer."""
+        number = self._numbers[request] = next(self._next)
+        self._waiting[number] = request
+        began = request.arrived or self._loop.time()
+        asked = Submit(model, version, began, request.deadline, request.meta)
+        self.channel.send_with_body(Kind.SUBMIT, number, asked, request.bodies)
+        request.bodies = ()  # the server has them
+        request.entered = perf_counter()
+
+    def withdraw(self, request: Request) -> None:
+        """The client has left."""
+        number = self._numbers.pop(request, None)
+        if number is not None:
+            del self._waiting[number]
+            self.channel.send(Kind.LEAVE, number)
+        elif request.stream is not None:
+            request.stream.mute()
 
     # ── in ──
 
@@ -85,12 +95,12 @@ class Uplink:
         """
         number = frame.seq
         match frame.kind:
-            case Kind.ANSWER:
-                request = self._waiting.pop(number, None)
-                if request is not None and not request.reply.done():
-                    answered = unpack(Answered, frame.meta)
+            case Kind.ANSWER if number in self._waiting:
+                request = self._pop(number)
+                answered = unpack(Answered, frame.meta)
+                if not request.reply.done():
                     request.reply.set_result(Reply(answered.status, answered.reason, answered.headers, frame.body))
-            case Kind.STREAM:
+            case Kind.STREAM if number in self._waiting:
                 self._begin_stream(number, unpack(Answered, frame.meta))
             case Kind.PIECE if number in self._streams:
                 self._streams[number].put(frame.body)
@@ -98,13 +108,13 @@ class Uplink:
                 self._streams.pop(number).end()
             case Kind.REFUSED:
                 self._refused(number, ToldError(unpack(Refused, frame.meta)))
-            case Kind.ALLOWED if number in self._asked:
-                self._asked[number].set_result(unpack(Allowed, frame.meta).request_timeout)
+            case Kind.ALLOWED:
+                asked = self._asked.get(number)
+                if asked is not None and not asked.done():
+                    asked.set_result(unpack(Allowed, frame.meta).request_timeout)
 
     def _begin_stream(self, number: int, head: Answered) -> None:
-        request = self._waiting.pop(number, None)
-        if request is None:  # its client has left, which the server will hear of
-            return
+        request = self._pop(number)
         stream = RelayedStream(number, self, head.stall_timeout)
         if request.reply.done():
             stream.mute()
@@ -114,11 +124,17 @@ class Uplink:
 
     def _refused(self, number: int, error: ToldError) -> None:
         if number in self._waiting:
-            self._waiting.pop(number).fail(error)
+            self._pop(number).fail(error)
         elif number in self._streams:
             self._streams.pop(number).end(error)
         elif number in self._asked and not self._asked[number].done():
             self._asked[number].set_exception(error)
+
+    def _pop(self, number: int) -> Request:
+        """A request that has its answer, or the head of it."""
+        request = self._waiting.pop(number)
+        del self._numbers[request]
+        return request
 
     def leave_stream(self, number: int) -> None:
         """The client of a stream has left."""
