@@ -229,7 +229,11 @@ class Server:
             *(self._options, self.registry, self._keys, listener.socket, app_runner.server, identity),
             *(self._runtime.path, self._environ),
         )
-        await self._frontends.start()
+        try:
+            await self._frontends.start()
+        except StartupError:
+            await self.registry.stop()
+            raise
 
     def _application(self, roles: Set[Role]) -> web.Application:
         if {Role.INFERENCE, Role.MANAGEMENT} <= roles:

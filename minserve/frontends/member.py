@@ -32,6 +32,7 @@ logger = logging.getLogger(__name__)
 
 BACKOFF_S = (0.0, 1.0, 2.0, 3.0, 5.0)
 STABLE_S = 60.0
+START_TIMEOUT_S = 60.0  # a process that does HTTP alone is there in one or two
 
 
 class Member:
@@ -79,17 +80,18 @@ class Member:
         """Starts it, and waits until it accepts clients.
 
         Raises:
-            StartupError: it has ended before that.
+            StartupError: it has ended before that, or takes too long.
         """
         await self._spawn()
         waits = [asyncio.create_task(event.wait()) for event in (self.opened, self.ended)]
         try:
-            await asyncio.wait(waits, return_when=asyncio.FIRST_COMPLETED)
+            await asyncio.wait(waits, timeout=START_TIMEOUT_S, return_when=asyncio.FIRST_COMPLETED)
         finally:
             for wait in waits:
                 wait.cancel()
         if not self.opened.is_set():
-            raise StartupError(f"frontend process {self._start.number} has ended as it started, see above")
+            what = "has ended as it started" if self.ended.is_set() else f"is not ready after {START_TIMEOUT_S:g} s"
+            raise StartupError(f"frontend process {self._start.number} {what}, see above")
 
     async def _spawn(self) -> None:
         ours = self._launch()
@@ -189,4 +191,11 @@ class Member:
 
     def _again(self) -> None:
         self._timer = None
-        self._spawning = asyncio.create_task(self._spawn())
+        self._spawning = asyncio.create_task(self._spawn_again())
+
+    async def _spawn_again(self) -> None:
+        try:
+            await self._spawn()
+        except OSError as error:
+            logger.error("frontend process %d cannot be started: %s", self._start.number, error.strerror)
+            self._timer = self._loop.call_later(BACKOFF_S[-1], self._again)

@@ -65,6 +65,9 @@ def read_settings(given: argparse.Namespace, environ: Mapping[str, str]) -> Sett
         asked["disable_token_authorization"] = True
     if given.enable_model_api:
         asked["enable_model_api"] = True
+    frontends = environ.get("MINSERVE_FRONTENDS")
+    if frontends:  # TorchServe has threads for this, and no key that means the same
+        asked["frontends"] = int(frontends) if frontends.isdecimal() else frontends
     read = read_properties(file, asked, environ)
     if restored is not None and not read.options.model_snapshot:
         raise StartupError(f"{restored}: the newest snapshot holds no models; remove it, or use --no-config-snapshots")
