@@ -28,8 +28,9 @@ class Handover:
 
     def close(self) -> None:
         """Takes none any more."""
-        self._loop.remove_reader(self._source)
-        self._source.close()
+        if self._source.fileno() >= 0:
+            self._loop.remove_reader(self._source)
+            self._source.close()
 
     def _take(self) -> None:
         try:

@@ -74,8 +74,12 @@ class Proxy:
 
     async def _connect(self) -> tuple[asyncio.Transport, ResponseHandler]:
         ours, theirs = socket.socketpair()
-        with theirs:
-            socket.send_fds(self._handing_over, [b"\0"], [theirs.fileno()])
+        try:
+            with theirs:
+                socket.send_fds(self._handing_over, [b"\0"], [theirs.fileno()])
+        except OSError:
+            ours.close()
+            raise
         ours.setblocking(False)
         return await self._loop.create_unix_connection(lambda: ResponseHandler(self._loop), sock=ours)
 

@@ -31,11 +31,17 @@ class BehindServer(Server):
 
 
 class Behind(Rig):
-    """The rig with its inference port in a frontend process."""
+    """The rig with its inference port in a frontend process.
+
+    Attributes:
+        make_app: what the server has behind it.
+    """
+
+    make_app = staticmethod(inference_app)
 
     async def make_inference(self) -> Server:
         options = self._options
-        self._server = runner(inference_app(self.registry, options, self._keys), options)
+        self._server = runner(self.make_app(self.registry, options, self._keys), options)
         await self._server.setup()
         assert self._server.server is not None
         ours, theirs = socket.socketpair()
