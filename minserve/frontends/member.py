@@ -94,7 +94,19 @@ class Member:
             raise StartupError(f"frontend process {self._start.number} {what}, see above")
 
     async def _spawn(self) -> None:
-        ours = self._launch()
+        ours, theirs = socket.socketpair()
+        handed_over, handing_over = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        try:
+            with theirs, handing_over:
+                self._process = self._launch(theirs)
+                descriptors = [self._listener.fileno(), handing_over.fileno(), self._shared.descriptor]
+                socket.send_fds(ours, [b"\0"], descriptors)
+        except OSError:
+            ours.close()
+            handed_over.close()
+            raise
+        ours.setblocking(False)
+        self._handover = Handover(handed_over, self._server)
         self.ended.clear()
         self.channel = Channel(FROM_FRONTEND, self._received, self._lost)
         self._door = self._make_door(self.channel)
@@ -102,25 +114,16 @@ class Member:
         await self._loop.create_unix_connection(lambda: self.channel, sock=ours)
         self.channel.send(Kind.START, message=self._start)
 
-    def _launch(self) -> socket.socket:
-        """Starts the process. Returns the server's end of the channel."""
-        ours, theirs = socket.socketpair()
-        handed_over, handing_over = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-        self._handover = Handover(handed_over, self._server)
+    def _launch(self, channel: socket.socket) -> subprocess.Popen[bytes]:
         server = os.getpid()
-        with theirs, handing_over:
-            self._process = subprocess.Popen(
-                [sys.executable, "-P", "-m", "minserve.frontends"],  # -P: a local `queue.py` is not Python's
-                stdin=theirs.fileno(),
-                stdout=subprocess.DEVNULL,
-                env=self._environ,
-                start_new_session=True,  # Ctrl-C on the terminal is for the server
-                preexec_fn=lambda: die_with(server),
-            )
-            descriptors = [self._listener.fileno(), handing_over.fileno(), self._shared.descriptor]
-            socket.send_fds(ours, [b"\0"], descriptors)
-        ours.setblocking(False)
-        return ours
+        return subprocess.Popen(
+            [sys.executable, "-P", "-m", "minserve.frontends"],  # -P: a local `queue.py` is not Python's
+            stdin=channel.fileno(),
+            stdout=subprocess.DEVNULL,
+            env=self._environ,
+            start_new_session=True,  # Ctrl-C on the terminal is for the server
+            preexec_fn=lambda: die_with(server),
+        )
 
     def stop(self) -> None:
         """Lets it finish what is in flight, and end."""
