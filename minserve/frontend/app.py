@@ -15,7 +15,7 @@ from minserve.frontend.auth import KEY_FILE, Keys, Kind, TokenRoute
 from minserve.frontend.connections import SHUTDOWN_TIMEOUT_S, Connections
 from minserve.frontend.cors import Cors
 from minserve.frontend.docs import Docs
-from minserve.frontend.express import Express
+from minserve.frontend.express import EXPRESS, Express
 from minserve.frontend.guard import Guard
 from minserve.frontend.headers import finish_headers
 from minserve.frontend.health import Health
@@ -40,7 +40,6 @@ _TITLES = {
     Role.MANAGEMENT: "minserve: management",
     Role.METRICS: "minserve: metrics",
 }
-EXPRESS = web.AppKey("express", Express)
 
 
 def make_keys(options: ServerOptions) -> Keys | None:

@@ -12,7 +12,7 @@ import re
 from time import perf_counter
 from typing import TYPE_CHECKING
 
-from aiohttp import HttpVersion11, hdrs
+from aiohttp import HttpVersion11, hdrs, web
 from aiohttp.helpers import rfc822_formatted_time
 from aiohttp.http_writer import _serialize_headers
 
@@ -36,10 +36,10 @@ if TYPE_CHECKING:
     from minserve.dispatch.request import Reply
     from minserve.frontend.admission import InFlightBytes
     from minserve.frontend.lane import LaneHandler
+    from minserve.frontend.models import Models
     from minserve.frontend.passage import Headers
-    from minserve.registry.models import Registry
-    from minserve.telemetry.metrics import Metrics
 
+EXPRESS: web.AppKey[Express] = web.AppKey("express")  # of an application, where it has one
 _METHODS = frozenset(METHODS)
 # A name with anything else in it may have to be decoded first.
 _PATH = re.compile(r"/predictions/([\w-][\w.-]*)(?:/([\w-][\w.-]*))?", re.ASCII)
@@ -56,13 +56,13 @@ class Express:
 
     def __init__(
         self,
-        registry: Registry,
+        registry: Models,
         options: ServerOptions,
         in_flight: InFlightBytes,
         key: Callable[[Mapping[str, str]], bool] | None = None,
     ) -> None:
         self._registry = registry
-        self._metrics: Metrics = registry.metrics
+        self._metrics = registry.metrics
         self._in_flight = in_flight
         self._key = key
         self._largest_request = min(options.max_request_size, MAX_BYTES)

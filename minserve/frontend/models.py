@@ -46,6 +46,15 @@ class Dispatching(Protocol):
     async def submit(self, request: Request) -> Reply:
         """See `Dispatcher.submit`."""
 
+    def begin(self, request: Request) -> None:
+        """See `Dispatcher.begin`."""
+
+    def withdraw(self, request: Request) -> None:
+        """See `Dispatcher.withdraw`."""
+
+    def finish(self, request: Request, answered: bool) -> None:
+        """See `Dispatcher.finish`."""
+
 
 class Model(Protocol):
     """One model version."""
@@ -71,6 +80,9 @@ class Numbers(Protocol):
     """The server's metrics, as far as they come from here."""
 
     in_flight: Callable[[], int]
+
+    def answered(self, status: int) -> None:
+        """Counts an answer."""
 
 
 class Models(Protocol):

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from minserve.dispatch.request import Request
     from minserve.frontend.admission import Share
     from minserve.frontend.lane import LaneHandler
-    from minserve.registry.models import ServedModel
+    from minserve.frontend.models import Model
 
 logger = logging.getLogger(__name__)
 
@@ -87,7 +87,7 @@ class Passage(asyncio.Future[Reply]):
         express: Carrier,
         connection: LaneHandler,
         head: Head,
-        model: ServedModel,
+        model: Model,
         share: Share,
         began: float,
         since: float,

@@ -10,6 +10,7 @@ from minserve.frontend.admission import InFlightBytes
 from minserve.frontend.aliases import Aliases
 from minserve.frontend.connections import SHUTDOWN_TIMEOUT_S, Connections
 from minserve.frontend.cors import Cors
+from minserve.frontend.express import EXPRESS, Express
 from minserve.frontend.headers import finish_headers
 from minserve.frontend.kserve import KServePredictions
 from minserve.frontend.routing import add_not_found
@@ -50,6 +51,8 @@ def application(
     models = RemoteModels(uplink, measured)
     in_flight = InFlightBytes(options.max_in_flight_bytes, shared.in_flight, own)
     inference = RemoteInference(models, options, in_flight, uplink)
+    if not cors.on:
+        app[EXPRESS] = Express(models, options, in_flight)  # the server looks at keys
     for these in (inference, KServePredictions(models, inference), Aliases(models, inference)):
         these.add_routes(routes)
     add_not_found(routes)
@@ -60,9 +63,15 @@ class SharedConnections(Connections):
     """The connections of one process; the limit is that of all of them together."""
 
     def __init__(
-        self, plain: web.Server, options: ServerOptions, measured: Measured, counts: memoryview, own: int
+        self,
+        plain: web.Server,
+        options: ServerOptions,
+        measured: Measured,
+        express: Express | None,
+        counts: memoryview,
+        own: int,
     ) -> None:
-        super().__init__(plain, options, measured)
+        super().__init__(plain, options, measured, express)
         self._counts = counts
         self._own = own
 
@@ -107,5 +116,6 @@ class Runner(web.AppRunner):
         self._own = own
 
     async def _make_server(self) -> web.Server:
-        plain = await super()._make_server()
-        return SharedConnections(plain, self._options, self._measured, self._shared.connections, self._own)
+        plain, express = await super()._make_server(), self.app.get(EXPRESS)
+        counts = self._shared.connections
+        return SharedConnections(plain, self._options, self._measured, express, counts, self._own)

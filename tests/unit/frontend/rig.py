@@ -21,9 +21,10 @@ from minserve.dispatch.dispatcher import Dispatcher
 from minserve.dispatch.request import Request
 from minserve.errors import MinServeError
 from minserve.frontend.admission import InFlightBytes
-from minserve.frontend.app import EXPRESS, inference_app, management_app, runner
+from minserve.frontend.app import inference_app, management_app, runner
 from minserve.frontend.auth import Keys
 from minserve.frontend.connections import Connections
+from minserve.frontend.express import EXPRESS
 from minserve.frontend.inference import Inference
 from minserve.registry.models import Registry, ValidModel
 from minserve.telemetry.events import EventLog

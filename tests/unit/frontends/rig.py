@@ -7,6 +7,7 @@ from types import TracebackType
 from aiohttp import web
 
 from minserve.frontend.app import inference_app, runner
+from minserve.frontend.express import EXPRESS
 from minserve.frontends.channel import Channel
 from minserve.frontends.door import Door
 from minserve.frontends.handover import Handover
@@ -56,6 +57,8 @@ class Behind(Rig):
         self.registry.metrics.gather = self._gather
         self._gathered = asyncio.Event()
         app = application(self.uplink, self.measured, options, Proxy(handing_over), self.shared, 0)
+        if not self._express:
+            del app[EXPRESS]
         return BehindServer(app, Runner(app, options, self.measured, self.shared, 0))
 
     async def _connect(self, end: socket.socket, channel: Channel) -> Channel:

@@ -8,6 +8,7 @@ import pytest
 from minserve.dispatch.request import Request
 from minserve.errors import DeadlineExceeded, NoWorkers, QueueFull
 from minserve.frontend.auth import KEY_FILE, Keys, Kind
+from minserve.frontend.passage import Passage
 from minserve.wire.messages import Answer
 from tests.unit.frontend.rig import MAX_BODY, FakeSupervisor
 from tests.unit.frontends.rig import Behind
@@ -101,3 +102,16 @@ async def test_what_is_measured_is_told_when_it_is_asked_for(rig: Behind) -> Non
     assert [line.split()[-1] for line in text.splitlines() if line.startswith("Requests")] == ["4.0", "1.0"]
     frontend = rig.registry.find("m").dispatcher.meters.frontend
     assert frontend.buckets()[-1][1] == 3
+
+
+async def test_small_predictions_go_past_aiohttp_here_too(rig: Behind, held: list[Request]) -> None:
+    async with rig.client() as client:
+        for body in (b"first", b"second"):
+            client.send(b"POST /predictions/m HTTP/1.1\r\nHost: x\r\nContent-Length: %d\r\n\r\n%b" % (len(body), body))
+            await until(lambda: held)
+            (asked,) = rig.uplink._waiting.values()
+            assert isinstance(asked.reply, Passage)
+            held.pop().answer(Answer(0, len(body)), body)
+            assert (await client.answer())[::2] == (200, body)
+    assert not rig.uplink._waiting
+    assert rig.in_flight.used == 0
