@@ -181,6 +181,12 @@ class MinServeConfig(_Keys):
     """Seconds that the oldest request waits before another worker is started, up to maxWorkers. Default 1."""
     scale_down_idle: Timeout = 60.0
     """Seconds for which a worker above minWorkers has nothing to do before it is drained. Default 60."""
+    bodies: Literal["bytes", "view"] = "bytes"
+    """What the handler gets for a body that is neither JSON nor text: a bytearray of its own, or a read-only memoryview,
+    which costs no copy where the body is large. Default bytes."""
+    shared_memory: Whole = 256 * 1024 * 1024
+    """Most bytes of shared memory for large request bodies, one area for all workers, and as many for each worker's large
+    answers. What does not fit goes over the sockets; 0: all does. Memory is used as it is needed. Default 268435456."""
     predict_on: Literal["all", "rank0"] = "all"
     """Which ranks run the handler for a batch: all, in step, or rank 0 alone, which calls the others itself (TorchServe's
     way with parallelType pp). Default all."""

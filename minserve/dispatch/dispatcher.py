@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from minserve.dispatch.lanes import Lane
     from minserve.dispatch.request import Reply, Request
     from minserve.telemetry.meters import ModelMeters
+    from minserve.wire.arena import Arena
 
 logger = logging.getLogger(__name__)
 
@@ -44,6 +45,7 @@ class Dispatcher:
 
     Attributes:
         meters: of the model version, for all who have a share in its requests.
+        arena: where those put its large bodies; None: they travel in frames.
     """
 
     def __init__(
@@ -55,11 +57,13 @@ class Dispatcher:
         queue_limit: int,
         retries: int = 0,
         meters: ModelMeters | None = None,
+        arena: Arena | None = None,
         *,
         adaptive: bool = True,
     ) -> None:
         self._clock = clock
         self.meters = unwatched() if meters is None else meters
+        self.arena = arena
         self._model = model
         self._batch_size = batch_size
         self._patience = Patience(max_delay, adaptive=adaptive)

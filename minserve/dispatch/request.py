@@ -9,8 +9,9 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable, Mapping, Sequence
 
+    from minserve.wire.arena import Segment
     from minserve.wire.messages import Answer, Buffer, RequestMeta
 
 
@@ -109,7 +110,8 @@ class Request:
 
     `deadline` is a time on the dispatcher's clock. `reply` is set exactly once. `worker` is empty while it waits. `attempts`
     counts the workers that failed with it in flight. `named` says that the client has named the version. `entered` and
-    `sent` are on the clock of its meters: when it was admitted, and when it went into a batch.
+    `sent` are on the clock of its meters: when it was admitted, and when it went into a batch. `segments` are those bodies,
+    by index, that lie in an arena: whoever submits the request holds them until it is answered.
     """
 
     meta: RequestMeta
@@ -123,6 +125,7 @@ class Request:
     named: bool = False
     entered: float = 0.0
     sent: float = 0.0
+    segments: Mapping[int, Segment] | None = None
 
     def answer(self, answer: Answer, body: Buffer) -> bool:
         """Rank 0's whole answer, or the end of its stream. Dropped, and False, when nobody waits for it any more."""

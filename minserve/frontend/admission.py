@@ -8,9 +8,13 @@ from typing import TYPE_CHECKING
 from multidict import istr
 
 from minserve.errors import BadRequest, Unavailable
+from minserve.wire.arena import SHARE_FROM
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, MutableSequence
+
+    from minserve.wire.arena import Arena, Segment
+    from minserve.wire.messages import Buffer
 
 TIMEOUT_MS = istr("x-request-timeout-ms")
 TIMEOUT_S = istr("x-request-timeout-seconds")  # Ray Serve's
@@ -77,13 +81,18 @@ class InFlightBytes:
 
 
 class Share:
-    """What one request holds of the bytes in flight. Whoever makes one gives it back, however the request ends."""
+    """What one request holds of the bytes in flight. Whoever makes one gives it back, however the request ends.
 
-    __slots__ = ("_all", "_size")
+    Attributes:
+        segments: the parts of its body, by index, that lie in an arena; None as long as none does.
+    """
+
+    __slots__ = ("_all", "_size", "segments")
 
     def __init__(self, everything: InFlightBytes) -> None:
         self._all = everything
         self._size = 0
+        self.segments: dict[int, Segment] | None = None
 
     def grow(self, count: int) -> None:
         """Makes room for more of the body.
@@ -94,7 +103,31 @@ class Share:
         self._all.take(count)
         self._size += count
 
+    def allocate(self, arena: Arena, index: int, length: int) -> memoryview | None:
+        """Memory in the arena for a part of the body; None if there is no room."""
+        segment = arena.allocate(length)
+        if segment is None:
+            return None
+        if self.segments is None:
+            self.segments = {}
+        self.segments[index] = segment
+        return segment.view
+
+    def share_large(self, bodies: list[Buffer], arena: Arena) -> None:
+        """Puts the large ones that are not there yet into the arena, as far as there is room; it is written to the list."""
+        if self._size < SHARE_FROM:
+            return
+        for index, body in enumerate(bodies):
+            if len(body) >= SHARE_FROM and (self.segments is None or index not in self.segments):
+                view = self.allocate(arena, index, len(body))
+                if view is not None:
+                    view[:] = body
+                    bodies[index] = view
+
     def give_back(self) -> None:
         """The request is answered."""
         self._all.give_back(self._size)
         self._size = 0
+        if self.segments is not None:
+            for segment in self.segments.values():
+                segment.release()

@@ -11,13 +11,17 @@ from aiohttp import HttpVersion11, hdrs
 from minserve.errors import BadRequest, BodyTooLarge, DeadlineExceeded, MinServeError
 from minserve.frontend.errors import refusal
 from minserve.frontend.multipart import parts_of
+from minserve.wire.arena import SHARE_FROM
 from minserve.wire.messages import Part
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from aiohttp import web
 
     from minserve.config.server import ServerOptions
     from minserve.frontend.admission import Share
+    from minserve.wire.arena import Arena
     from minserve.wire.messages import Buffer
 
 MULTIPART = "multipart/form-data"
@@ -59,13 +63,40 @@ class BodyReader:
             DeadlineExceeded: the request's own deadline came first.
             BadRequest: it stopped arriving (408), or it broke off.
         """
+        chunks: list[bytes] = []
+        await self._receive(request, share, deadline, chunks.append)
+        return b"".join(chunks)
+
+    async def read_into(self, arena: Arena, request: web.Request, share: Share, deadline: float) -> Buffer:
+        """The same; a large body whose length is declared is put into the arena as it arrives, if that has room.
+
+        Only for a body that is one part: of a form the bytes are wanted.
+        """
+        declared = request.content_length
+        view = None
+        if declared is not None and SHARE_FROM <= declared <= self._max_size:
+            view = share.allocate(arena, 0, declared)
+        if view is None:
+            return await self.read(request, share, deadline)
+        rest = view
+
+        def put(chunk: bytes) -> None:
+            nonlocal rest
+            rest[: len(chunk)] = chunk
+            rest = rest[len(chunk) :]
+
+        await self._receive(request, share, deadline, put)
+        return view
+
+    async def _receive(
+        self, request: web.Request, share: Share, deadline: float, take: Callable[[bytes], None]
+    ) -> None:
         declared = request.content_length
         if declared is not None:
             self._check_size(declared)
             share.grow(declared)
         await send_continue(request)
         limit = asyncio.get_running_loop().time() + self._timeout
-        chunks: list[bytes] = []
         size = 0
         try:
             async with asyncio.timeout_at(min(limit, deadline)):
@@ -74,7 +105,7 @@ class BodyReader:
                     if declared is None:
                         self._check_size(size)
                         share.grow(len(chunk))
-                    chunks.append(chunk)
+                    take(chunk)
         except TimeoutError:
             have = f"{size} of its {declared} bytes" if declared is not None else f"{size} bytes and no end of it"
             error: MinServeError = (
@@ -84,7 +115,6 @@ class BodyReader:
             )
             give_up_body(request, error)
             raise error from None
-        return b"".join(chunks)
 
     def _check_size(self, size: int) -> None:
         if size > self._max_size:
@@ -105,7 +135,7 @@ def give_up_body(request: web.BaseRequest, error: Exception) -> None:
     request.content.feed_eof()  # or the answer would be followed by a wait for the rest
 
 
-def split_body(body: bytes, content_type: str) -> tuple[tuple[Part, ...], list[Buffer]]:
+def split_body(body: Buffer, content_type: str) -> tuple[tuple[Part, ...], list[Buffer]]:
     """The parts of a body: one raw "body", or the fields of a form, of several with one name the last, as with TorchServe.
 
     Returns:
@@ -118,7 +148,8 @@ def split_body(body: bytes, content_type: str) -> tuple[tuple[Part, ...], list[B
     if plain is not None:
         return (Part("body", plain, len(body)),), [body]
     kind = printable(content_type)
-    fields = _multipart(body, kind) if _bare(kind).lower() == MULTIPART else _url_encoded(body)
+    form = bytes(body)  # which it is: of a form the bytes are read
+    fields = _multipart(form, kind) if _bare(kind).lower() == MULTIPART else _url_encoded(form)
     size = sum(len(name) + len(kind) for name, (kind, _) in fields.items())
     if size > MAX_NAMES:
         raise BadRequest(f"bad form: names and types of {size} characters, at most {MAX_NAMES} are allowed")

@@ -13,7 +13,7 @@ from multidict import CIMultiDict
 from minserve.dispatch.request import Request
 from minserve.errors import MinServeError, NoWorkers
 from minserve.frontend.admission import InFlightBytes, request_timeout
-from minserve.frontend.body import BodyReader, printable, split_body
+from minserve.frontend.body import BodyReader, printable, split_body, whole_type
 from minserve.frontend.headers import ID, REQUEST_ID, UNTYPED, USUAL, add_usual, request_id
 from minserve.frontend.passage import Carried
 from minserve.frontend.routing import add_route
@@ -91,10 +91,12 @@ class Inference:
         deadline = math.inf if model is None else now + request_timeout(headers, model.spec.request_timeout)
         share = self.in_flight.share()
         try:
-            body = self._bodies.take(request, share)
+            kind = headers.get(hdrs.CONTENT_TYPE, "")
+            body: Buffer | None = self._bodies.take(request, share)
             if body is None:
-                body = await self._read(request, model, share, deadline)
-            parts, bodies = split_body(body, headers.get(hdrs.CONTENT_TYPE, ""))
+                whole = complete is None and whole_type(kind) is not None
+                body = await self._read(request, model, share, deadline, whole)
+            parts, bodies = split_body(body, kind)
             if complete is not None:
                 model, parts, bodies = complete(parts, bodies)
                 deadline = now + request_timeout(headers, model.spec.request_timeout)
@@ -102,9 +104,12 @@ class Inference:
             version = request.match_info.get("version", "")
             if model.gone:  # unregistered while the body came; another version may have taken over
                 model = self._registry.find(model.spec.name, version or None)
+            if model.dispatcher.arena is not None:
+                share.share_large(bodies, model.dispatcher.arena)
             id_ = request[ID] = request_id(headers)
             meta = RequestMeta(id_, request.raw_headers, parts, url_path, operation)
             asked = Request(meta, bodies, deadline, self._loop.create_future(), now, named=bool(version))
+            asked.segments = share.segments
             del body, bodies  # the request has them, and whoever takes it may let go of them earlier
             try:
                 reply = await model.dispatcher.submit(asked)
@@ -140,9 +145,14 @@ class Inference:
         model.dispatcher.meters.frontend.record(asked.entered - began + perf_counter() - replied)
         return response
 
-    async def _read(self, request: web.Request, model: Model | None, share: Share, deadline: float) -> bytes:
-        """A body that was not there with its head."""
-        return await self._bodies.read(request, share, deadline)
+    async def _read(
+        self, request: web.Request, model: Model | None, share: Share, deadline: float, whole: bool
+    ) -> Buffer:
+        """A body that was not there with its head. One that is a part as a `whole` may lie in the model's arena."""
+        arena = model.dispatcher.arena if whole and model is not None else None
+        if arena is None:
+            return await self._bodies.read(request, share, deadline)
+        return await self._bodies.read_into(arena, request, share, deadline)
 
     def _response(self, reply: Reply, id_: str, model: Model) -> web.Response:
         if len(reply.body) > self._max_response_size:
@@ -152,7 +162,10 @@ class Inference:
             )
         headers = headers_of(reply, id_)
         # Without a phrase of the handler's there is none, as with TorchServe.
-        return web.Response(body=reply.body, status=reply.status, reason=reply.reason, headers=headers)
+        response = web.Response(status=reply.status, reason=reply.reason, headers=headers)
+        # Set past its property, which would wrap a view, and warn of one that is large. Written as it is, without a copy.
+        response._body = reply.body  # type: ignore[assignment]
+        return response
 
 
 def headers_of(reply: Reply, id_: str) -> CIMultiDict[str]:

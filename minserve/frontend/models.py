@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Protocol
 
 if TYPE_CHECKING:
     from minserve.dispatch.request import Reply, Request
+    from minserve.wire.arena import Arena
 
 
 class Spec(Protocol):
@@ -42,6 +43,10 @@ class Dispatching(Protocol):
     @property
     def meters(self) -> Meters:
         """Of the model version."""
+
+    @property
+    def arena(self) -> Arena | None:
+        """Where large bodies are put; None: they travel in frames."""
 
     async def submit(self, request: Request) -> Reply:
         """See `Dispatcher.submit`."""

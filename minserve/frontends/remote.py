@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from minserve.frontend.routing import Handler
     from minserve.frontends.recorded import Measured
     from minserve.frontends.uplink import Uplink
+    from minserve.wire.messages import Buffer
 
 MOST_NAMES = 1000  # of models that are kept; clients may ask for any
 
@@ -56,6 +57,7 @@ class RemoteModel:
     """
 
     gone = False
+    arena = None  # the server has it: bodies go there in frames
 
     def __init__(self, asked: str | None, version: str, uplink: Uplink, measured: Measured) -> None:
         self.asked = asked
@@ -132,13 +134,15 @@ class RemoteInference(Inference):
         super().__init__(models, options, in_flight)
         self._uplink = uplink
 
-    async def _read(self, request: web.Request, model: Model | None, share: Share, deadline: float) -> bytes:
+    async def _read(
+        self, request: web.Request, model: Model | None, share: Share, deadline: float, whole: bool
+    ) -> Buffer:
         now = asyncio.get_running_loop().time()
         authorization = request.headers.get(hdrs.AUTHORIZATION, "")
         known = model if isinstance(model, RemoteModel) else None
         name, version = (known.asked, known.version) if known is not None else (None, "")
         timeout = await self._uplink.ask(name, version, printable(authorization))
-        return await super()._read(request, model, share, min(deadline, now + timeout))
+        return await super()._read(request, model, share, min(deadline, now + timeout), whole)
 
 
 @dataclass(frozen=True, slots=True)

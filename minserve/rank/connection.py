@@ -4,22 +4,25 @@ from __future__ import annotations
 
 import os
 import select
+import socket
 import threading
 from collections import deque
 from typing import TYPE_CHECKING
 
-from minserve.wire.frames import FROM_SERVER, FrameReader, Kind
+from minserve.errors import WireError
+from minserve.wire.arena import SHARE_FROM
+from minserve.wire.frames import FROM_SERVER, HEADER, FrameReader, Kind
 from minserve.wire.messages import Hello, pack, pack_with_body
 
 if TYPE_CHECKING:
-    import socket
-
+    from minserve.rank.memory import Replies
     from minserve.rank.process import Launch
     from minserve.wire.frames import Frame
-    from minserve.wire.messages import Buffer, Message
+    from minserve.wire.messages import Answers, Buffer, Message
 
 MAX_BATCH_BYTES = 2**33  # a sanity bound; the server has its own limit on bodies
 MAX_PIECES = 512  # IOV_MAX is 1024 on Linux
+MOST_DESCRIPTORS = 4
 
 
 class Disconnected(Exception):
@@ -27,11 +30,18 @@ class Disconnected(Exception):
 
 
 class Connection:
-    """Frames over one blocking socket. `send` may be called from any thread, `receive` from one."""
+    """Frames over one blocking socket. `send` may be called from any thread, `receive` from one.
+
+    Attributes:
+        lost: the server has closed the link.
+        replies: rank 0's shared memory for its answers.
+    """
+
+    replies: Replies | None = None
 
     def __init__(self, connection: socket.socket) -> None:
         self.socket = connection
-        self.lost = False  # the server has closed the link
+        self.lost = False
         self._poll = select.poll()
         self._poll.register(connection, select.POLLIN)
         self._reader = FrameReader(MAX_BATCH_BYTES, FROM_SERVER)
@@ -43,6 +53,29 @@ class Connection:
         """Says who this rank is."""
         message = Hello(launch.rank, launch.local_rank, launch.world_size, os.getpid(), launch.worker, launch.secret)
         self.send(Kind.HELLO, message)
+
+    def receive_memory(self) -> list[int]:
+        """The descriptors of shared memory in the answer to HELLO, which is the first frame; none where there is none.
+
+        Raises:
+            Disconnected: the server has closed the link.
+            WireError: it is another frame.
+        """
+        descriptors: list[int] = []
+        frames: list[Frame] = []
+        while not frames:
+            data, come, _, _ = socket.recv_fds(self.socket, HEADER.size, MOST_DESCRIPTORS)
+            if not data:
+                self.lost = True
+                raise Disconnected
+            descriptors += come
+            self._reader.buffer()[: len(data)] = data
+            frames += self._reader.received(len(data))
+        if frames[0].kind is not Kind.MEMORY:
+            raise WireError(f"the server answers HELLO with {frames[0].kind.name}")
+        for descriptor in descriptors:
+            os.set_inheritable(descriptor, False)
+        return descriptors
 
     def receive(self) -> Frame:
         """The next frame.
@@ -111,6 +144,17 @@ class Connection:
         """Sends a frame with the next one, just in front of it: one system call, and one wake-up of the server."""
         with self._sending:
             self._held.append(pack(kind, message, seq))
+
+    def send_answers(self, kind: Kind, answers: Answers, bodies: list[Buffer], seq: int) -> None:
+        """Sends a REPLY or CHUNK. Large bodies go by shared memory, as far as there is room.
+
+        Raises:
+            Disconnected: the server has closed the link.
+        """
+        if self.replies is not None and any(len(body) >= SHARE_FROM for body in bodies):
+            with self._sending:
+                answers.shared, bodies = self.replies.place(bodies)
+        self.send_with_body(kind, answers, bodies, seq)
 
     def send_with_body(self, kind: Kind, message: Message, bodies: list[Buffer], seq: int) -> None:
         """Sends a frame with a body in pieces, which are not joined.

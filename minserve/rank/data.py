@@ -17,7 +17,8 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-Value = object  # JSON value, str or bytearray
+Value = object  # JSON value, str, bytearray or memoryview
+JSON, TEXT = "application/json", "text"
 
 
 class Refused(Exception):
@@ -35,30 +36,36 @@ def decode_batch(batch: Batch, body: bytearray, parse: bool = True) -> list[dict
     """
     parts = [part for request in batch.requests for part in request.parts]
     if len(batch.requests) == len(parts) == 1 and parts[0].length == len(body):  # the frame's own memory, no copy
-        return [{parts[0].name: _decode(parts[0].content_type, body) if parse else body}]
+        return [{parts[0].name: decode_part(parts[0].content_type, body) if parse else body}]
     pieces = iter(split_body(body, [part.length for part in parts]))
     return [
-        {part.name: _decode(part.content_type, next(pieces)) if parse else next(pieces) for part in request.parts}
+        {part.name: decode_part(part.content_type, next(pieces)) if parse else next(pieces) for part in request.parts}
         for request in batch.requests
     ]
+
+
+def decode_part(content_type: str, value: bytearray) -> Value:
+    """JSON and text by content type; anything else, and what does not parse, stays the bytearray handlers expect."""
+    mime = _mime(content_type)
+    try:
+        if mime == JSON:
+            return json.loads(value)
+        if mime.startswith(TEXT):
+            return value.decode("utf-8")
+    except (ValueError, RecursionError) as error:
+        logger.warning("a body of type %s does not parse: %s; the handler gets its bytes", mime, error)
+    return value
+
+
+def is_parsed(content_type: str) -> bool:
+    """Whether a body of this type is to reach the handler as something else than bytes."""
+    mime = _mime(content_type)
+    return mime == JSON or mime.startswith(TEXT)
 
 
 @functools.lru_cache(maxsize=256)
 def _mime(content_type: str) -> str:
     return content_type.partition(";")[0].strip().lower()
-
-
-def _decode(content_type: str, value: bytearray) -> Value:
-    """JSON and text by content type; anything else, and what does not parse, stays the bytearray handlers expect."""
-    mime = _mime(content_type)
-    try:
-        if mime == "application/json":
-            return json.loads(value)
-        if mime.startswith("text"):
-            return value.decode("utf-8")
-    except (ValueError, RecursionError) as error:
-        logger.warning("a body of type %s does not parse: %s; the handler gets its bytes", mime, error)
-    return value
 
 
 def check_answers(answers: object, count: int) -> list[object]:

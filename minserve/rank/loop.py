@@ -16,9 +16,10 @@ import yaml
 
 import minserve
 from minserve.rank import coroutines, overlap, progress, streaming, threads
+from minserve.rank.bodies import Bodies
 from minserve.rank.connection import Disconnected
 from minserve.rank.context import Context
-from minserve.rank.data import Refused, decode_batch
+from minserve.rank.data import Refused
 from minserve.rank.failures import describe, issued_collectives
 from minserve.rank.inbox import Inbox
 from minserve.rank.loading import Handler, load_handler
@@ -36,6 +37,7 @@ if TYPE_CHECKING:
     from minserve.rank.process import Launch
     from minserve.wire.board import Slot
     from minserve.wire.frames import Frame
+    from minserve.wire.views import Views
 
 
 class Rank:
@@ -43,19 +45,21 @@ class Rank:
 
     Args:
         slot: this rank's on the board.
+        shared: where large bodies lie, if there is shared memory.
     """
 
-    def __init__(self, launch: Launch, connection: Connection, slot: Slot) -> None:
+    def __init__(self, launch: Launch, connection: Connection, slot: Slot, shared: Views | None = None) -> None:
         self._rank = launch.rank
         self._local_rank = launch.local_rank
         self._world_size = launch.world_size
         self._connection = connection
         self._slot = slot
         self._inbox = Inbox(connection)
+        self._shared = shared
         self._last_seq = 0
         # From LOAD.
         self._outbox = Outbox(connection, launch.rank, reply_done=False)
-        self._parse = True
+        self._bodies = Bodies(shared)
         self._together = launch.world_size  # how many ranks run each batch
         self._plan: overlap.Plan | None = None  # of having several batches at work
         self._overlap: overlap.Overlap | None = None  # where they are
@@ -92,7 +96,7 @@ class Rank:
         began = time.monotonic()
         progress.report_progress("importing")
         self._outbox = Outbox(self._connection, self._rank, load.reply_done)
-        self._parse = load.decode_input
+        self._bodies = Bodies(self._shared, load.decode_input, load.views)
         if load.predict_on == "rank0":
             self._together = 1
         try:
@@ -160,7 +164,7 @@ class Rank:
         """Several batches at once, each a task of the event loop."""
         from minserve.rank.tasks import Tasks  # brings asyncio along
 
-        return Tasks(self._connection, self._slot, self._outbox, handler, self._context, self._parse).run()
+        return Tasks(self._connection, self._slot, self._outbox, handler, self._context, self._bodies).run()
 
     def _serve_overlapping(self, handler: Handler) -> int:
         """Several batches at once, each on a thread of its own."""
@@ -178,6 +182,7 @@ class Rank:
         batch = unpack(Batch, frame.meta)
         seq, count = frame.seq, len(batch.requests)
         if self._rank >= self._together and batch.requests:
+            self._bodies.skip(batch)
             self._outbox.through(seq, count)  # rank 0 runs it alone
             return
         context.begin_batch(batch.requests)
@@ -194,7 +199,7 @@ class Rank:
         )
         if self._overlap is not None:
             context.stream = stream  # for the handler's threads, which may send while another batch has its turn
-        data = decode_batch(batch, frame.body, self._parse)
+        data = self._bodies.decode(batch, frame.body)
         streaming.set_current(stream)
         others = threads.alive()
         before = issued_collectives()

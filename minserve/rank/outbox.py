@@ -67,7 +67,7 @@ class Outbox:
         metas: list[Answer] = [answer for answer, _ in encoded]
         bodies: list[Buffer] = [body for _, body in encoded]
         self._hold_metrics(seq)
-        self._connection.send_with_body(Kind.REPLY, Answers(tuple(metas), stream.step, seconds), bodies, seq)
+        self._connection.send_answers(Kind.REPLY, Answers(tuple(metas), stream.step, seconds), bodies, seq)
 
     def through(self, seq: int, count: int) -> None:
         """The end of a batch on another rank than 0."""

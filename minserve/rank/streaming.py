@@ -149,7 +149,7 @@ class Chunks(ABC):
     def _send_step(self, encoded: list[tuple[Answer, Buffer]]) -> None:
         """A step without chunks is told, too: the server grants by what it has seen."""
         answers = Answers(tuple(answer for answer, _ in encoded), self.step)
-        self._connection.send_with_body(Kind.CHUNK, answers, [body for _, body in encoded], self.seq)
+        self._connection.send_answers(Kind.CHUNK, answers, [body for _, body in encoded], self.seq)
 
 
 class Stream(Chunks):

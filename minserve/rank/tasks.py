@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 
 from minserve.rank import coroutines, streaming
 from minserve.rank.connection import Disconnected
-from minserve.rank.data import Refused, decode_batch
+from minserve.rank.data import Refused
 from minserve.rank.failures import describe
 from minserve.rank.probing import run_probe
 from minserve.rank.streaming import Cancelled, Chunks
@@ -26,6 +26,7 @@ from minserve.wire.messages import Batch, Failure, Step, unpack
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+    from minserve.rank.bodies import Bodies
     from minserve.rank.connection import Connection
     from minserve.rank.context import Context
     from minserve.rank.loading import Handler
@@ -113,7 +114,7 @@ class Tasks:
 
     Args:
         context: the one that the handler was loaded with; each batch gets a copy.
-        parse: see `decode_batch`.
+        bodies: what makes the handler's data of a batch.
     """
 
     def __init__(
@@ -123,14 +124,14 @@ class Tasks:
         outbox: Outbox,
         handler: Handler,
         context: Context,
-        parse: bool,
+        bodies: Bodies,
     ) -> None:
         self._connection = connection
         self._slot = slot
         self._outbox = outbox
         self._handler = handler
         self._context = context
-        self._parse = parse
+        self._bodies = bodies
         self._last_seq = 0
         self._finished = 0
         self._batches: dict[int, tuple[asyncio.Task[None], TaskStream]] = {}
@@ -229,7 +230,7 @@ class Tasks:
             if frame.flags & PROBE:
                 answers: object = run_probe(self._handler)
             else:
-                data = decode_batch(batch, frame.body, self._parse)
+                data = self._bodies.decode(batch, frame.body)
                 answers = await _collect(self._handler.handle(data, context), stream)
                 await stream.sent()
             self._outbox.answer(answers, stream, context, seq, count, time.monotonic() - began)

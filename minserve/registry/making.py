@@ -13,6 +13,7 @@ from minserve.registry.served import ServedModel
 from minserve.telemetry.events import EventLog
 from minserve.telemetry.meters import ModelMeters
 from minserve.worker.devices import DeviceAllocator
+from minserve.worker.memory import new_arena
 from minserve.worker.supervisor import Supervisor
 
 if TYPE_CHECKING:
@@ -75,6 +76,7 @@ class Maker:
             spec.queue_limit,
             spec.config.minserve.retry_in_flight,
             ModelMeters(self._metrics, spec.name, spec.version),
+            new_arena(spec),
             adaptive=spec.config.minserve.batching == "adaptive",
         )
         directory = self._runtime.new_model_directory()

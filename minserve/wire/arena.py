@@ -17,12 +17,14 @@ from __future__ import annotations
 import fcntl
 import mmap
 import os
+import weakref
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
 BLOCK_BYTES = 64 * 1024  # what segments are made of; a multiple of the page, so that free ones can be given back
+SHARE_FROM = 64 * 1024  # bytes of a body from which on the arena wins against a copy into every socket
 _MARK_BYTES = 8
 
 
@@ -66,16 +68,22 @@ class Arena:
     """The owner's side.
 
     Args:
-        descriptor: of the memory, writable. It can be closed afterwards.
+        descriptor: of the memory, writable. It is closed with the arena.
     """
 
     def __init__(self, descriptor: int) -> None:
+        self._descriptor = descriptor
+        weakref.finalize(self, os.close, descriptor)
         self._map = mmap.mmap(descriptor, 0)
         self._view = memoryview(self._map)
         self._taken = bytearray(len(self._view) // BLOCK_BYTES)  # 1 for a block in use
         self._lent: list[Segment] = []  # the owner is through with these, perhaps not every reader
         self._use = 0
         self._touched = 0  # blocks from the start that may have pages
+
+    def open_for_readers(self) -> int:
+        """A new descriptor of the memory, through which it cannot be written to."""
+        return os.open(f"/proc/self/fd/{self._descriptor}", os.O_RDONLY | os.O_CLOEXEC)
 
     @property
     def blocks(self) -> int:

@@ -53,6 +53,7 @@ class Kind(enum.IntEnum):
     GRANT = 35  # the stream of batch seq may go up to a step
     CANCEL = 36  # the stream of batch seq ends behind the last granted step
     SHUTDOWN = 37
+    MEMORY = 38  # the answer to HELLO; with it come descriptors of shared memory, where there is any
 
     OPEN = 64  # this process is about to accept clients
     ASK = 65  # may this client send a request?

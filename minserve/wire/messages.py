@@ -103,10 +103,19 @@ class Answer(Message):
     headers: tuple[tuple[str, str], ...] = ()
 
 
+class Shared(Message):
+    """Where a body lies that is in an arena, and so not in its frame. `index` counts the parts or answers of the frame."""
+
+    index: int
+    block: int
+    use: int
+
+
 class Answers(Message):
     """Meta of REPLY and CHUNK. A REPLY ends the batch.
 
     Attributes:
+        shared: those whose bodies are in the arena for answers.
         step: counts a stream's steps from 1.
         seconds: that rank 0 spent in `handle`, in a REPLY. As a METRICS frame it would be half the work of a small batch.
     """
@@ -114,6 +123,7 @@ class Answers(Message):
     answers: tuple[Answer, ...]
     step: int = 0
     seconds: float = 0.0
+    shared: tuple[Shared, ...] = ()
 
 
 class Metric(Message):
@@ -162,6 +172,7 @@ class Load(Message):
         metrics: the model metrics that metrics_config declares, as JSON: [{"name", "type", "unit", "dimensions": [...]}].
         asynchronous: each batch is a task of its own, and the answers may come in any order.
         in_flight: how many batches may be under way, where the configuration says so; 0: the handler may say.
+        views: what would reach the handler as a bytearray does as a read-only memoryview.
     """
 
     model: str
@@ -179,6 +190,7 @@ class Load(Message):
     metrics: str = ""
     asynchronous: bool = False
     in_flight: int = 0
+    views: bool = False
 
 
 class Part(Message):
@@ -203,10 +215,16 @@ class RequestMeta(Message):
 
 
 class Batch(Message):
-    """Meta of BATCH. `grant` is the step up to which a stream may go before it needs a GRANT."""
+    """Meta of BATCH.
+
+    Attributes:
+        grant: the step up to which a stream may go before it needs a GRANT.
+        shared: the parts, counted over all requests, that are in the arena for requests.
+    """
 
     requests: tuple[RequestMeta, ...]
     grant: int = 0
+    shared: tuple[Shared, ...] = ()
 
 
 class Step(Message):
@@ -256,6 +274,20 @@ def unpack(kind: type[M], meta: Buffer) -> M:
         return _decoder(kind).decode(meta)  # type: ignore[return-value]  # one decoder per class, by construction
     except (msgspec.DecodeError, msgspec.ValidationError, UnicodeDecodeError) as error:
         raise WireError(f"bad {kind.__name__} message: {error}") from None
+
+
+def inline_lengths(lengths: Iterable[int], shared: Sequence[Shared]) -> list[int]:
+    """The bytes that each part or answer has in its frame's body: none if it is in an arena.
+
+    Raises:
+        WireError: one is said to be there that is not in the frame.
+    """
+    inline = list(lengths)
+    for place in shared:
+        if not 0 <= place.index < len(inline):
+            raise WireError(f"part {place.index} of {len(inline)} is said to be in shared memory")
+        inline[place.index] = 0
+    return inline
 
 
 def split_body(body: bytearray, lengths: Iterable[int]) -> list[bytearray]:

@@ -17,9 +17,12 @@ from minserve.errors import WireError
 from minserve.wire.frames import FrameReader, Kind
 from minserve.wire.messages import Hello, unpack
 from minserve.worker.endpoints import close_all
+from minserve.worker.memory import give
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
+
+    from minserve.worker.memory import Memory
 
 logger = logging.getLogger(__name__)
 
@@ -51,14 +54,20 @@ class Acceptor:
     Args:
         listeners: bound and listening, non-blocking, in rank order.
         on_arrival: called with each genuine rank.
+        memory: what each is given in answer to its HELLO.
     """
 
     def __init__(
-        self, listeners: list[socket.socket], expected: Expected, on_arrival: Callable[[Arrival], None] | None = None
+        self,
+        listeners: list[socket.socket],
+        expected: Expected,
+        on_arrival: Callable[[Arrival], None] | None = None,
+        memory: Memory | None = None,
     ) -> None:
         self._listeners = listeners
         self._expected = expected
         self._on_arrival = on_arrival
+        self._memory = memory
         self._arrivals: dict[int, Arrival] = {}
         self._complete = asyncio.Event()
 
@@ -100,6 +109,7 @@ class Acceptor:
             async with asyncio.timeout(HELLO_TIMEOUT_S):
                 hello = await _read_hello(connection)
             self._check(rank, hello)
+            give(self._memory, connection, rank)
         except TimeoutError:
             self._reject(rank, connection, f"no HELLO within {HELLO_TIMEOUT_S:g} s")
         except (WireError, OSError) as error:

@@ -22,6 +22,7 @@ from minserve.wire.messages import Answers, Batch, Failure, pack, pack_with_body
 from minserve.worker.blame import Cause, culprit
 from minserve.worker.failures import Failures
 from minserve.worker.fanout import Fanout
+from minserve.worker.memory import place_bodies
 from minserve.worker.outstanding import Outstanding
 from minserve.worker.places import Places
 from minserve.worker.replies import answers_of, whole_answers
@@ -35,8 +36,10 @@ if TYPE_CHECKING:
     from minserve.dispatch.clock import Clock
     from minserve.dispatch.request import Request
     from minserve.telemetry.meters import ModelMeters
+    from minserve.wire.arena import Segment
     from minserve.wire.frames import Frame
     from minserve.wire.messages import Answer, Buffer
+    from minserve.worker.memory import Memory
     from minserve.worker.outstanding import Limits, RankLink
     from minserve.worker.recorder import Recorder
 
@@ -59,6 +62,7 @@ class Broadcast:
         on_event: something that costs no restart but that an operator wants to know: kind, detail, rank, pid.
         meters: of the model version.
         behind: whether a rank is still at work on an earlier batch: rank, seq → it is.
+        memory: shared with the ranks, for large bodies.
 
     Attributes:
         batches_done: without probes.
@@ -80,6 +84,7 @@ class Broadcast:
         on_event: Callable[[EventKind, str, int, int], None],
         meters: ModelMeters | None = None,
         behind: Callable[[int, int], bool] = lambda rank, seq: False,
+        memory: Memory | None = None,
     ) -> None:
         self._meters = unwatched() if meters is None else meters
         self._links = links
@@ -89,6 +94,7 @@ class Broadcast:
         self._on_broken = on_broken
         self._on_lost = on_lost
         self._on_event = on_event
+        self._memory = memory
         self._seq = 0
         self._outstanding: dict[int, Outstanding] = {}
         self._fanout = Fanout(clock, links)
@@ -142,6 +148,9 @@ class Broadcast:
         began = self._meters.now()
         meta = Batch(tuple([request.meta for request in requests]), self._limits.stream_ahead)
         bodies = [body for request in requests for body in request.bodies]
+        segments: Sequence[Segment] = ()
+        if any([request.segments for request in requests]):
+            bodies, meta.shared, segments = place_bodies(self._memory, requests)
         pieces = pack_with_body(Kind.BATCH, meta, bodies, self._seq + 1)
         if len(pieces[0]) > MAX_META_BYTES:  # its ranks would take it for rubbish, and the worker would be lost
             raise BadRequest(
@@ -152,6 +161,8 @@ class Broadcast:
             pieces = [b"".join(pieces)]
         for request in requests:
             request.worker = self._who
+        if self._memory is not None:
+            self._memory.lend(segments)
         # Only now: a batch that cannot be encoded must not leave a gap in the numbers.
         batch = self._write(pieces, requests, later=small and bool(self._outstanding))
         self.first_seq = self.first_seq or self._seq
@@ -262,10 +273,10 @@ class Broadcast:
         elif frame.kind is Kind.CHUNK:
             self._chunk(batch, frame)
         elif self._limits.reply_after_all or not batch.requests:  # a probe is over when all ranks are through
-            batch.held = whole_answers(batch, frame)  # looked at now, while it is clear whose it is
+            batch.held = whole_answers(batch, frame, self._memory)  # looked at now, while it is clear whose it is
             self._done(link, batch)
         else:
-            self._reply(batch, whole_answers(batch, frame))
+            self._reply(batch, whole_answers(batch, frame, self._memory))
 
     def _reply(self, batch: Outstanding, answers: list[tuple[Answer, Buffer]]) -> None:
         if batch.failures:  # another rank has raised, or was cancelled
@@ -283,11 +294,14 @@ class Broadcast:
         if not batch.step < meta.step <= batch.granted:
             raise WireError(f"CHUNK of step {meta.step} behind step {batch.step}, with {batch.granted} granted")
         batch.step = meta.step
+        answers = answers_of(
+            batch, meta, frame, self._memory
+        )  # also if they are for nobody: rank 0 wants its memory back
         if batch.failures:
             return  # nor is this chunk; whether the failure is in step is still open
         if batch.on_change is None:
             batch.on_change = functools.partial(self._clients_changed, batch)
-        for answer, body in answers_of(batch, meta.answers, frame):
+        for answer, body in answers:
             batch.requests[answer.index].chunk(answer, body, self._limits.stream_buffer, batch.on_change)
         batch.limit = self._limits.response_timeout
         self._clients_changed(batch)

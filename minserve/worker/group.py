@@ -34,6 +34,7 @@ if TYPE_CHECKING:
     from minserve.errors import MinServeError
     from minserve.telemetry.events import EventKind
     from minserve.telemetry.meters import ModelMeters
+    from minserve.wire.arena import Arena
     from minserve.wire.frames import Frame
     from minserve.worker.acceptor import Arrival
     from minserve.worker.devices import Devices
@@ -56,6 +57,7 @@ class RankGroup:
         directory: the model version's runtime directory.
         on_free: a place has come free, or a link has room again.
         on_lost, on_event, meters: see `Broadcast`.
+        arena: for the model version's large bodies.
 
     Attributes:
         failed: done when the group has failed, with the error that requests get.
@@ -74,10 +76,11 @@ class RankGroup:
         on_lost: Callable[[list[Request], MinServeError, bool], None],
         on_event: Callable[[EventKind, str, int, int], None],
         meters: ModelMeters | None = None,
+        arena: Arena | None = None,
     ) -> None:
         self._spec = spec
         self._who = who
-        self._site = Site(spec, who, slot, directory)
+        self._site = Site(spec, who, slot, directory, arena)
         self._devices = devices
         self._starter = starter
         self._on_free = on_free
@@ -123,7 +126,7 @@ class RankGroup:
         Raises:
             WorkerFailed: not all have come in time, or one has died before.
         """
-        acceptor = Acceptor(self._site.listeners, self._expected, self._rank_arrived)
+        acceptor = Acceptor(self._site.listeners, self._expected, self._rank_arrived, self._site.memory)
         try:
             arrivals = await self._unless_failed(acceptor.run(), accept_timeout)
         except TimeoutError:
@@ -136,11 +139,14 @@ class RankGroup:
             await self._loop.connect_accepted_socket(lambda link=link: link, arrival.socket)  # type: ignore[misc]
             self._arrivals.remove(arrival)
             self._links.append(link)
+        if self._site.memory is not None:
+            self._site.memory.close_descriptors()
         self._site.outputs[AGENT].level = logging.DEBUG  # from here on torchrun only repeats what the ranks tell
         self._broadcast = Broadcast(
             *(self._loop, self._links, self._spec.limits, self._who, self._steps),
             *(self._on_free, self._inquest.broken, self._on_lost, self._on_event, self._meters),
             behind=self._behind,
+            memory=self._site.memory,
         )
 
     async def load(self, timeout: float) -> None:

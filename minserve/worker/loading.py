@@ -58,6 +58,7 @@ class Loading:
             metrics=spec.metrics,
             asynchronous=spec.asynchronous,
             in_flight=options.in_flight or 0,
+            views=options.bodies == "view",
         )
         return pack_with_body(Kind.LOAD, message, [spec.yaml], 0)
 

@@ -9,6 +9,7 @@ from minserve.wire.board import Board
 from minserve.worker import endpoints as addressing
 from minserve.worker.agent_report import REPORT_LINES, before_report, first_failure
 from minserve.worker.blame import AGENT
+from minserve.worker.memory import Memory
 from minserve.worker.output import TAIL_LINES, Output, open_fifo
 
 if TYPE_CHECKING:
@@ -16,6 +17,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterable
     from pathlib import Path
 
+    from minserve.wire.arena import Arena
     from minserve.worker.agent_report import FirstFailure
     from minserve.worker.endpoints import Endpoints
     from minserve.worker.spec import ModelSpec
@@ -28,15 +30,17 @@ class Site:
         who: "model/worker number" for the log.
         slot: number of the worker within its model version; fixes its endpoints.
         directory: the model version's runtime directory.
+        arena: for the model version's large bodies.
 
     Attributes:
         path: the incarnation's own directory.
         listeners: in rank order, until the ranks have come.
         outputs: by rank, AGENT for torchrun.
         board: None before `open` and after `close`.
+        memory: shared with the ranks; None before `open`, and where all bodies go over the sockets.
     """
 
-    def __init__(self, spec: ModelSpec, who: str, slot: int, directory: Path) -> None:
+    def __init__(self, spec: ModelSpec, who: str, slot: int, directory: Path, arena: Arena | None = None) -> None:
         self._spec = spec
         self._who = who
         self._slot = slot
@@ -46,6 +50,8 @@ class Site:
         self.listeners: list[socket.socket] = []
         self.outputs: dict[int, Output] = {}
         self.board: Board | None = None
+        self.memory: Memory | None = None
+        self._arena = arena
 
     def open(self) -> Endpoints:
         """Makes everything, the endpoints bound.
@@ -62,6 +68,8 @@ class Site:
         else:
             self.endpoints, self.listeners = addressing.listen_tcp(ranks, options.port or addressing.FIRST_PORT)
         self.board = Board(self.path / "board", ranks)
+        if self._arena is not None and options.socket_type == "unix":  # others carry no descriptors
+            self.memory = Memory(self._arena, ranks)
         for rank in range(ranks):
             fifo = open_fifo(self.path / f"output.{rank}")
             self.outputs[rank] = Output(fifo, f"{self._who} rank {rank}")
@@ -95,4 +103,6 @@ class Site:
         if self.board is not None:
             self.board.close()
             self.board = None
+        if self.memory is not None:
+            self.memory.close()
         shutil.rmtree(self.path, ignore_errors=True)

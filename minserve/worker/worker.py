@@ -125,6 +125,7 @@ class Worker:
             self._group = RankGroup(
                 *(self._spec, self.who, self.number, self._directory, self._devices, self._starter),
                 *(self._on_free, self._dispatcher.retry, self._happened, self._dispatcher.meters),
+                self._dispatcher.arena,
             )
             self._group.failed.add_done_callback(self._set_retry_after)
             await self._group.launch()

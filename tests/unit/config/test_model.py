@@ -118,6 +118,8 @@ minserve:
   scaleUpWait: 0.5
   scaleDownIdle: 10
   launcher: warm
+  bodies: view
+  sharedMemory: 0
   predictOn: all
 handler: {model_path: weights, profile: true}
 pippy: {chunks: 1}

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import pytest_asyncio
 
-from minserve.wire.frames import Kind, encode, header
+from minserve.wire.frames import HEADER, Kind, encode, header
 from minserve.wire.messages import Answers, Hello, pack
 from minserve.worker.acceptor import MAX_STRANGERS, Acceptor, Arrival, Expected
 from minserve.worker.endpoints import Endpoints, close_all, listen_tcp, listen_unix, unix_endpoints
@@ -117,6 +117,7 @@ async def test_without_all_ranks_a_time_limit_ends_it_and_says_who_is_missing(se
         await asyncio.wait_for(setup.acceptor.run(), 0.1)
     assert setup.acceptor.missing == [1]
     for client in clients:
+        assert await asyncio.get_running_loop().sock_recv(client, HEADER.size) == encode(Kind.MEMORY)
         assert await closed(client), "those that came are let go"
     with pytest.raises((ConnectionRefusedError, FileNotFoundError)):
         setup.client(1, hello(1))

@@ -94,7 +94,7 @@ class FakeRank:
             while not self._frames:
                 count = await asyncio.get_running_loop().sock_recv_into(self.socket, self._reader.buffer())
                 assert count, "the server has hung up"
-                self._frames += self._reader.received(count)
+                self._frames += [frame for frame in self._reader.received(count) if frame.kind is not Kind.MEMORY]
         frame = self._frames.pop(0)
         assert frame.kind is kind
         return frame
