@@ -19,6 +19,7 @@ from minserve.telemetry.declarations import (
     OWN_QUEUE,
     OWN_REQUEST_SECONDS,
     OWN_RESTARTS,
+    OWN_SHARED_MEMORY,
     OWN_WORKERS,
     Own,
 )
@@ -72,7 +73,7 @@ class _Own:
 
     def describe(self) -> Iterable[Metric]:
         """The metrics without values: how a filter knows who has a name."""
-        for own in (OWN_REQUEST_SECONDS, OWN_QUEUE, OWN_WORKERS, OWN_RESTARTS, OWN_IN_FLIGHT):
+        for own in (OWN_REQUEST_SECONDS, OWN_QUEUE, OWN_WORKERS, OWN_RESTARTS, OWN_SHARED_MEMORY, OWN_IN_FLIGHT):
             yield _family(own)
 
     def collect(self) -> Iterable[Metric]:
@@ -80,19 +81,24 @@ class _Own:
         seconds = HistogramMetricFamily(
             OWN_REQUEST_SECONDS.name, OWN_REQUEST_SECONDS.help, labels=OWN_REQUEST_SECONDS.labels
         )
-        queue, workers, in_flight = (_gauge(own) for own in (OWN_QUEUE, OWN_WORKERS, OWN_IN_FLIGHT))
+        gauges = (OWN_QUEUE, OWN_WORKERS, OWN_SHARED_MEMORY, OWN_IN_FLIGHT)
+        queue, workers, shared, in_flight = (_gauge(own) for own in gauges)
         restarts = CounterMetricFamily(OWN_RESTARTS.name, OWN_RESTARTS.help, labels=OWN_RESTARTS.labels)
         for model in self._registry.models():
             labels = [model.spec.name, model.spec.version]
             for stage, histogram in model.dispatcher.meters.stages.items():
                 seconds.add_metric([*labels, stage], histogram.buckets(), histogram.total)
             queue.add_metric(labels, model.dispatcher.queued)
-            states = Counter(report.state for report in model.supervisor.report())
+            reports = model.supervisor.report()
+            states = Counter(report.state for report in reports)
             for state in State:
                 workers.add_metric([*labels, state.value], states[state])
+            if model.dispatcher.arena is not None:
+                shared.add_metric([*labels, "requests"], model.dispatcher.arena.used)
+                shared.add_metric([*labels, "answers"], sum(report.answers_held for report in reports))
             restarts.add_metric(labels, model.events.counts[EventKind.RESTART])
         in_flight.add_metric([], self._registry.metrics.in_flight())
-        yield from (seconds, queue, workers, restarts, in_flight)
+        yield from (seconds, queue, workers, restarts, shared, in_flight)
 
 
 def _family(own: Own) -> Metric:

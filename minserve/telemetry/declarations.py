@@ -110,4 +110,10 @@ OWN_REQUEST_SECONDS = Own(
 OWN_QUEUE = Own("minserve_queue_requests", "gauge", "Requests that wait in the queue", _VERSION)
 OWN_WORKERS = Own("minserve_workers", "gauge", "Workers by state", (*_VERSION, "state"))
 OWN_RESTARTS = Own("minserve_worker_restarts_total", "counter", "Restarts of workers whose rank group failed", _VERSION)
+OWN_SHARED_MEMORY = Own(
+    "minserve_shared_memory_bytes",
+    "gauge",
+    "Bytes of shared memory in use: requests (until no rank looks at them), answers (until their clients have them)",
+    (*_VERSION, "holds"),
+)
 OWN_IN_FLIGHT = Own("minserve_in_flight_bytes", "gauge", "Bytes of the request bodies that are in the server", ())

@@ -28,7 +28,7 @@ class Views:
         row: this reader's of the arena's marks.
 
     Attributes:
-        held: how many views are in use.
+        held: bytes of the views that are in use.
     """
 
     def __init__(self, descriptor: int, row: memoryview) -> None:
@@ -47,8 +47,8 @@ class Views:
             WireError: there is no such place in the arena.
         """
         memory = self._memory(block, length)
-        self.held += 1
-        weakref.finalize(memory, self._over, block, use).atexit = False
+        self.held += length
+        weakref.finalize(memory, self._over, block, use, length).atexit = False
         return memoryview(memory).cast("B").toreadonly()[:length]  # cast: items of ctypes' own "<B" cannot be read
 
     def copy(self, block: int, use: int, length: int) -> bytearray:
@@ -71,9 +71,9 @@ class Views:
             raise WireError(f"a body of {length} bytes at block {block} is not in the arena of {self._size} bytes")
         return _array_type(count).from_address(self._address + block * BLOCK_BYTES)
 
-    def _over(self, block: int, use: int) -> None:
+    def _over(self, block: int, use: int, length: int) -> None:
         if os.getpid() == self._pid:  # a forked child drops its copies of the objects, too
-            self.held -= 1
+            self.held -= length
             self._row[block] = use
 
 

@@ -271,6 +271,12 @@ class RankGroup:
         return all(board.read(link.rank).finished >= broadcast.replied for link in self._links)
 
     @property
+    def answers_held(self) -> int:
+        """Bytes of its answers in shared memory that clients have not got yet."""
+        memory = self._site.memory
+        return memory.answers.held if memory is not None else 0
+
+    @property
     def served(self) -> bool:
         """Whether it has carried a batch through."""
         return self._broadcast is not None and self._broadcast.batches_done > 0

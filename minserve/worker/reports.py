@@ -19,7 +19,11 @@ class RankReport:
 
 @dataclass(frozen=True, slots=True)
 class WorkerReport:
-    """One worker as operators see it. Times are seconds since the epoch."""
+    """One worker as operators see it. Times are seconds since the epoch.
+
+    Attributes:
+        answers_held: bytes of its answers in shared memory that clients have not got yet.
+    """
 
     number: int
     state: State
@@ -31,6 +35,7 @@ class WorkerReport:
     last_error: str
     last_error_at: float
     last_lines: tuple[str, ...]
+    answers_held: int = 0
 
     @property
     def serving(self) -> bool:

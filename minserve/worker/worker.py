@@ -252,6 +252,7 @@ class Worker:
             last_error=str(error) if error is not None else "",
             last_error_at=self._last_error_at,
             last_lines=error.last_lines if error is not None else (),
+            answers_held=group.answers_held if group is not None else 0,
         )
 
     def attach_recorder(self, recorder: Recorder) -> bool:
