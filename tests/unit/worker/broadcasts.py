@@ -10,6 +10,7 @@ from minserve.wire.frames import FROM_RANK, Frame, FrameReader, Kind
 from minserve.wire.messages import Answer, Answers, Failure, Part, RequestMeta, Step, pack, pack_with_body, unpack
 from minserve.worker.blame import Cause
 from minserve.worker.broadcast import Broadcast
+from minserve.worker.memory import Memory
 from minserve.worker.outstanding import Limits
 from tests.fakes import FakeClock, MemoryLink, feed
 
@@ -21,7 +22,13 @@ class Group:
     """A broadcast over in-memory links, and the frames that its ranks would send."""
 
     def __init__(
-        self, ranks: int = 2, in_flight: int | None = 1, *, reply_after_all: bool = False, any_order: bool = False
+        self,
+        ranks: int = 2,
+        in_flight: int | None = 1,
+        *,
+        reply_after_all: bool = False,
+        any_order: bool = False,
+        memory: Memory | None = None,
     ) -> None:
         self.clock = FakeClock()
         self.links = [MemoryLink(rank) for rank in range(ranks)]
@@ -43,6 +50,7 @@ class Group:
             *(self.clock, self.links, limits, "m/0", lambda rank, seq: self.steps.get(rank, 0)),
             *(self._freed, self._break, self._lose, self._happen),
             behind=lambda rank, seq: rank in self.behind,
+            memory=memory,
         )
 
     def _freed(self) -> None:

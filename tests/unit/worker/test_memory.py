@@ -1,0 +1,261 @@
+"""Large bodies between the server and its ranks: what is lent, looked at and given back on both sides."""
+
+from __future__ import annotations
+
+import asyncio
+import gc
+import math
+import os
+import socket
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from minserve.dispatch.request import Request
+from minserve.errors import BadRequest, WireError, WorkerFailed
+from minserve.rank.bodies import Bodies
+from minserve.rank.connection import Connection, Disconnected
+from minserve.rank.memory import Replies, open_memory
+from minserve.wire.arena import BLOCK_BYTES, SHARE_FROM, Arena, new_memory
+from minserve.wire.frames import MAX_META_BYTES, Kind, encode
+from minserve.wire.messages import Answer, Answers, Batch, Part, RequestMeta, Shared, pack_with_body, unpack
+from minserve.wire.views import Views
+from minserve.worker.memory import Memory, give, new_arena
+from tests.unit.worker.broadcasts import Group, body_of, failure, frame_of
+from tests.unit.worker.specs import make_spec, model_config
+
+BODY = bytes(range(256)) * (SHARE_FROM // 256)
+BLOCKS = 8
+
+
+class Worker:
+    """One life of a worker: a broadcast, and what each of its two ranks has of the shared memory."""
+
+    def __init__(self, arena: Arena) -> None:
+        self.memory = Memory(arena, 2)
+        self.views: list[Views] = []
+        replies: list[Replies | None] = []
+        for rank in range(2):
+            views, reply = open_memory([os.dup(one) for one in self.memory.descriptors(rank)], rank, 2)
+            assert views is not None
+            self.views.append(views)
+            replies.append(reply)
+        assert replies[0] is not None
+        assert replies[1] is None, "only rank 0 answers"
+        self.replies = replies[0]
+        self.memory.close_descriptors()
+        self.group = Group(memory=self.memory)
+
+    def rows(self, rank: int, *, views: bool = False) -> list[dict[str, object]]:
+        """What the handler of a rank gets of the last batch."""
+        frame = self.group.links[rank].frames[-1]
+        return Bodies(self.views[rank], views=views).decode(unpack(Batch, frame.meta), frame.body)
+
+    def reply(self, seq: int, *bodies: bytes, kind: Kind = Kind.REPLY, step: int = 0) -> Answers:
+        shared, rest = self.replies.place(bodies)
+        answers = Answers(tuple(Answer(index, len(body)) for index, body in enumerate(bodies)), step, shared=shared)
+        self.group.receive(0, frame_of(pack_with_body(kind, answers, rest, seq)))
+        return answers
+
+
+@pytest.fixture
+def arena() -> Arena:
+    return Arena(new_memory("test", BLOCKS * BLOCK_BYTES))
+
+
+@pytest.fixture(autouse=True)
+def no_memory_is_left(arena: Arena) -> Iterator[None]:
+    """Every descriptor and mapping of a worker's shared memory goes with the worker."""
+    yield
+    gc.collect()
+    left = [line for line in Path("/proc/self/maps").read_text().splitlines() if "memfd:minserve-" in line]
+    assert left == []
+    links = [os.readlink(one) for one in Path("/proc/self/fd").iterdir() if one.is_symlink()]
+    assert not [link for link in links if "memfd:minserve-" in link]
+
+
+def request(arena: Arena, *bodies: bytes) -> Request:
+    """With every large body in the arena."""
+    meta = RequestMeta("id", (), tuple(Part(f"p{index}", "", len(body)) for index, body in enumerate(bodies)))
+    segments, views = {}, list[bytes | memoryview](bodies)
+    for index, body in enumerate(bodies):
+        if len(body) >= SHARE_FROM and (segment := arena.allocate(len(body))):
+            segment.view[:] = body
+            segments[index], views[index] = segment, segment.view
+    return Request(meta, views, math.inf, asyncio.get_running_loop().create_future(), segments=segments)
+
+
+def release(one: Request) -> None:
+    """The client has its answer."""
+    for segment in (one.segments or {}).values():
+        segment.release()
+
+
+@pytest.mark.asyncio
+async def test_every_rank_finds_a_large_body_in_the_arena_and_the_small_ones_in_its_frame(arena: Arena) -> None:
+    worker = Worker(arena)
+    one, two = request(arena, b"small", BODY, b""), request(arena, BODY[::-1])
+    worker.group.broadcast.send([one, two])
+    for rank in range(2):
+        assert worker.group.links[rank].frames[-1].body == b"small"
+        assert worker.rows(rank) == [{"p0": b"small", "p1": BODY, "p2": b""}, {"p0": BODY[::-1]}]
+    assert arena.used, "the requests are not answered yet"
+    release(one)
+    release(two)
+    assert arena.used == 0
+
+
+@pytest.mark.asyncio
+async def test_a_request_whose_worker_fails_goes_to_the_next_from_the_same_segment(arena: Arena) -> None:
+    first, second = Worker(arena), Worker(arena)
+    one = request(arena, BODY)
+    first.group.broadcast.send([one])
+    looked_at = first.rows(0, views=True)
+    first.group.broadcast.fail_all(WorkerFailed("dead"))
+    second.group.broadcast.send([one])
+    assert second.rows(0) == second.rows(1) == [{"p0": BODY}]
+    release(one)
+    assert arena.used, "the first worker's ranks may still look at it"
+    first.memory.close()
+    assert arena.used == 0
+    assert looked_at == [{"p0": BODY}]
+
+
+@pytest.mark.asyncio
+async def test_ranks_that_died_with_segments_hold_none(arena: Arena) -> None:
+    worker = Worker(arena)
+    one = request(arena, BODY)
+    worker.group.broadcast.send([one])
+    release(one)
+    assert arena.used
+    worker.memory.close()
+    assert arena.used == 0
+
+
+@pytest.mark.asyncio
+async def test_a_batch_that_cannot_be_sent_is_lent_to_nobody(arena: Arena) -> None:
+    worker = Worker(arena)
+    one = request(arena, BODY)
+    one.meta.url_path = "x" * (MAX_META_BYTES + 1)
+    with pytest.raises(BadRequest):
+        worker.group.broadcast.send([one])
+    release(one)
+    assert arena.used == 0
+
+
+@pytest.mark.asyncio
+@pytest.mark.parametrize("shares", [False, True])
+async def test_a_body_in_an_arena_that_the_ranks_do_not_have_is_copied_into_the_frame(
+    arena: Arena, shares: bool
+) -> None:
+    group = Worker(Arena(new_memory("test", BLOCK_BYTES))).group if shares else Group()
+    one = request(arena, BODY)
+    group.broadcast.send([one])
+    release(one)
+    assert arena.used == 0
+    other = request(arena, b"y" * SHARE_FROM)  # in its place
+    frame = group.links[1].frames[-1]
+    assert Bodies().decode(unpack(Batch, frame.meta), frame.body) == [{"p0": BODY}]
+    release(other)
+
+
+@pytest.mark.asyncio
+async def test_a_large_answer_is_looked_at_until_its_client_has_it(arena: Arena) -> None:
+    worker = Worker(arena)
+    small, large = request(arena, b"a"), request(arena, b"b")
+    worker.group.broadcast.send([small, large])
+    answers = worker.reply(1, b"A", BODY)
+    assert [place.index for place in answers.shared] == [1]
+    assert (body_of(small), body_of(large)) == (b"A", BODY)
+    assert worker.memory.answers.held == len(BODY)
+    del large
+    assert worker.memory.answers.held == 0
+
+
+@pytest.mark.asyncio
+async def test_answers_that_clients_are_slow_to_take_are_not_overwritten(arena: Arena) -> None:
+    worker = Worker(arena)
+    clients = []
+    for number in range(BLOCKS + 2):
+        clients.append(request(arena, b"a"))
+        worker.group.broadcast.send(clients[-1:])
+        answers = worker.reply(number + 1, bytes([number]) * SHARE_FROM)
+        assert bool(answers.shared) == (number < BLOCKS), "the last ones go inline: there is no room"
+    assert [body_of(client)[:1] for client in clients] == [bytes([number]) for number in range(BLOCKS + 2)]
+
+
+@pytest.mark.asyncio
+async def test_an_answer_that_nobody_waits_for_is_given_back(arena: Arena) -> None:
+    worker = Worker(arena)
+    for seq in range(1, 2 * BLOCKS):
+        one = request(arena, b"a")
+        worker.group.broadcast.send([one])
+        one.reply.cancel()
+        assert worker.reply(seq, BODY).shared, "there is room again"
+    assert worker.memory.answers.held == 0
+
+
+@pytest.mark.asyncio
+async def test_a_chunk_behind_a_failure_is_for_nobody_and_given_back(arena: Arena) -> None:
+    worker = Worker(arena)
+    worker.group.broadcast.send([request(arena, b"a")])
+    worker.reply(1, BODY, kind=Kind.CHUNK, step=1)
+    assert worker.memory.answers.held == len(BODY)
+    worker.group.error(1, 1, failure())
+    before = worker.memory.answers.held
+    worker.reply(1, BODY, kind=Kind.CHUNK, step=2)
+    assert worker.memory.answers.held == before
+
+
+@pytest.mark.asyncio
+@pytest.mark.parametrize("place", [Shared(1, 0, 1), Shared(0, BLOCKS, 1)])
+async def test_an_answer_that_is_not_where_it_is_said_to_be_is_an_error(arena: Arena, place: Shared) -> None:
+    for group in (Worker(arena).group, Group()):
+        group.broadcast.send([request(arena, b"a")])
+        frame = frame_of(pack_with_body(Kind.REPLY, Answers((Answer(0, 5),), shared=(place,)), [], 1))
+        with pytest.raises(WireError):
+            group.receive(0, frame)
+
+
+def test_descriptors_come_with_the_answer_to_hello(arena: Arena) -> None:
+    memory = Memory(arena, 2)
+    for rank, count in [(0, 4), (1, 2)]:
+        ours, theirs = socket.socketpair()
+        with ours, theirs:
+            give(memory, ours, rank)
+            ours.send(encode(Kind.DRAIN))
+            connection = Connection(theirs)
+            descriptors = connection.receive_memory()
+            assert len(descriptors) == count
+            assert not any(map(os.get_inheritable, descriptors)), "a handler's own children have no use for them"
+            assert connection.receive().kind is Kind.DRAIN
+            for one in descriptors:
+                os.close(one)
+    memory.close()
+
+
+def test_without_shared_memory_the_answer_to_hello_brings_none() -> None:
+    ours, theirs = socket.socketpair()
+    with ours, theirs:
+        give(None, ours, 0)
+        assert Connection(theirs).receive_memory() == []
+        ours.send(encode(Kind.DRAIN))
+        with pytest.raises(WireError, match="answers HELLO with DRAIN"):
+            Connection(theirs).receive_memory()
+        ours.close()
+        with pytest.raises(Disconnected):
+            Connection(theirs).receive_memory()
+    assert open_memory([], 0, 2) == (None, None)
+
+
+@pytest.mark.parametrize(("options", "blocks"), [({}, 4096), ({"shared_memory": 3 * BLOCK_BYTES + 1}, 3)])
+def test_an_arena_is_as_large_as_the_model_says(options: dict[str, object], blocks: int) -> None:
+    arena = new_arena(make_spec(config=model_config("", options)))
+    assert arena is not None
+    assert arena.blocks == blocks
+
+
+@pytest.mark.parametrize("options", [{"shared_memory": 0}, {"shared_memory": 9}, {"socket_type": "tcp"}])
+def test_there_is_none_where_it_is_not_wanted_or_cannot_be_handed_over(options: dict[str, object]) -> None:
+    assert new_arena(make_spec(config=model_config("", options))) is None
