@@ -224,12 +224,12 @@ def test_descriptors_come_with_the_answer_to_hello(arena: Arena) -> None:
         ours, theirs = socket.socketpair()
         with ours, theirs:
             give(memory, ours, rank)
-            ours.send(encode(Kind.DRAIN))
+            ours.send(encode(Kind.SHUTDOWN))
             connection = Connection(theirs)
             descriptors = connection.receive_memory()
             assert len(descriptors) == count
             assert not any(map(os.get_inheritable, descriptors)), "a handler's own children have no use for them"
-            assert connection.receive().kind is Kind.DRAIN
+            assert connection.receive().kind is Kind.SHUTDOWN
             for one in descriptors:
                 os.close(one)
     memory.close()
@@ -240,8 +240,8 @@ def test_without_shared_memory_the_answer_to_hello_brings_none() -> None:
     with ours, theirs:
         give(None, ours, 0)
         assert Connection(theirs).receive_memory() == []
-        ours.send(encode(Kind.DRAIN))
-        with pytest.raises(WireError, match="answers HELLO with DRAIN"):
+        ours.send(encode(Kind.SHUTDOWN))
+        with pytest.raises(WireError, match="answers HELLO with SHUTDOWN"):
             Connection(theirs).receive_memory()
         ours.close()
         with pytest.raises(Disconnected):
