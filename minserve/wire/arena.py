@@ -25,6 +25,8 @@ if TYPE_CHECKING:
 
 BLOCK_BYTES = 64 * 1024  # what segments are made of; a multiple of the page, so that free ones can be given back
 SHARE_FROM = 64 * 1024  # bytes of a body from which on the arena wins against a copy into every socket
+IDLE_S = 30.0
+REST_BLOCKS = 64  # 4 MiB: about a millisecond of the caller's time
 _MARK_BYTES = 8
 
 
@@ -80,6 +82,7 @@ class Arena:
         self._lent: list[Segment] = []  # the owner is through with these, perhaps not every reader
         self._use = 0
         self._touched = 0  # blocks from the start that may have pages
+        self._used_until = (0, 0.0)  # the latest use that `rest` has seen, and when
 
     def open_for_readers(self) -> int:
         """A new descriptor of the memory, through which it cannot be written to."""
@@ -109,15 +112,23 @@ class Arena:
         start = block * BLOCK_BYTES
         return Segment(self, block, self._use, self._view[start : start + length])
 
-    def trim(self) -> None:
-        """Gives the memory of every free segment back to the system. To touch it again costs more than to keep it."""
-        self._collect()
-        end = 0
-        while (start := self._taken.find(b"\0", end, self._touched)) >= 0:
-            end = self._taken.find(b"\1", start, self._touched)
-            end = self._touched if end < 0 else end
-            self._map.madvise(mmap.MADV_REMOVE, start * BLOCK_BYTES, (end - start) * BLOCK_BYTES)
-        self._touched = self._taken.rfind(b"\1") + 1
+    def rest(self, now: float) -> None:
+        """Gives memory back to the system once nothing has been allocated for a while.
+
+        A few MiB a call, from the top down to the first segment in use. Earlier it is worth keeping, for to touch fresh
+        memory costs more than to copy a body.
+
+        Args:
+            now: seconds on a clock of the caller's, who calls again and again.
+        """
+        if self._use != self._used_until[0]:
+            self._used_until = self._use, now
+        elif self._touched and now - self._used_until[1] >= IDLE_S:
+            self._collect()
+            top, start = self._touched, max(self._taken.rfind(b"\1") + 1, self._touched - REST_BLOCKS)
+            if start < top:
+                self._map.madvise(mmap.MADV_REMOVE, start * BLOCK_BYTES, (top - start) * BLOCK_BYTES)
+                self._touched = start
 
     def _collect(self) -> None:
         if self._lent:

@@ -86,6 +86,7 @@ class Broadcast:
         behind: Callable[[int, int], bool] = lambda rank, seq: False,
         memory: Memory | None = None,
     ) -> None:
+        self._clock = clock
         self._meters = unwatched() if meters is None else meters
         self._links = links
         self._limits = limits
@@ -233,7 +234,12 @@ class Broadcast:
             self._on_lost(requests, error, begun)
 
     def look(self) -> None:
-        """Twice a second: finds clients that left before the first chunk, and ranks that were not ready for a cancel."""
+        """Twice a second: finds clients that left before the first chunk, and ranks that were not ready for a cancel.
+
+        Also the time to give shared memory back that has not been used for long.
+        """
+        if self._memory is not None:
+            self._memory.requests.rest(self._clock.time())
         for batch in list(self._outstanding.values()):
             if batch.requests and all(request.left for request in batch.requests):
                 self._let_go(batch)

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from minserve.wire.arena import BLOCK_BYTES, Arena, Marks, Segment, new_memory
+from minserve.wire.arena import BLOCK_BYTES, IDLE_S, REST_BLOCKS, Arena, Marks, Segment, new_memory
 
 BLOCKS = 8
 READERS = 2
@@ -97,18 +97,33 @@ def test_a_mark_of_an_earlier_use_frees_nothing() -> None:
     assert arena.used
 
 
-def test_memory_goes_back_to_the_system_and_what_is_in_use_stays() -> None:
-    arena = new_arena()
-    free, used = allocated(arena, BLOCK_BYTES), allocated(arena, BLOCK_BYTES)
-    free.view[:] = used.view[:] = b"x" * BLOCK_BYTES
+def test_memory_that_is_idle_goes_back_from_the_top_down_to_what_is_in_use() -> None:
+    arena = new_arena(3 * REST_BLOCKS)
+    used, free = allocated(arena, BLOCK_BYTES), allocated(arena, 2 * REST_BLOCKS * BLOCK_BYTES)
+    used.view[:] = b"x" * used.length
+    free.view[:] = b"x" * free.length
     free.release()
     reader = arena.open_for_readers()
-    arena.trim()
-    assert os.pread(reader, 2 * BLOCK_BYTES, 0) == b"\0" * BLOCK_BYTES + b"x" * BLOCK_BYTES
-    assert os.fstat(reader).st_blocks * 512 == BLOCK_BYTES
+
+    def held() -> int:
+        return os.fstat(reader).st_blocks * 512 // BLOCK_BYTES
+
+    arena.rest(100.0)
+    arena.rest(100.0 + IDLE_S - 1)
+    assert held() == 1 + 2 * REST_BLOCKS, "not yet"
+    arena.rest(100.0 + IDLE_S)
+    assert held() == 1 + REST_BLOCKS, "a part of it"
+    for _ in range(3):
+        arena.rest(100.0 + IDLE_S)
+    assert held() == 1
+    assert used.view == b"x" * used.length
     used.release()
-    arena.trim()
-    assert os.fstat(reader).st_blocks == 0
+    arena.rest(200.0)
+    assert held() == 0
+    allocated(arena, BLOCK_BYTES).view[:] = b"x" * BLOCK_BYTES
+    for now in (300.0, 400.0):
+        arena.rest(now)
+        assert held() == 1, "it is in use again"
     os.close(reader)
 
 
