@@ -162,10 +162,24 @@ class Inference:
             )
         headers = headers_of(reply, id_)
         # Without a phrase of the handler's there is none, as with TorchServe.
-        response = web.Response(status=reply.status, reason=reply.reason, headers=headers)
-        # Set past its property, which would wrap a view, and warn of one that is large. Written as it is, without a copy.
-        response._body = reply.body  # type: ignore[assignment]
-        return response
+        if isinstance(reply.body, memoryview):
+            return _Shared(reply.body, status=reply.status, reason=reply.reason, headers=headers)
+        return web.Response(body=reply.body, status=reply.status, reason=reply.reason, headers=headers)
+
+
+class _Shared(web.Response):
+    """An answer from shared memory, written from there without a copy."""
+
+    def __init__(self, body: memoryview, *, status: int, reason: str, headers: CIMultiDict[str]) -> None:
+        super().__init__(status=status, reason=reason, headers=headers)
+        self._body = body  # type: ignore[assignment]  # past its property, which would wrap it, and warn of a large one
+
+    async def write_eof(self, data: bytes = b"") -> None:
+        """Lets go of it, too: aiohttp keeps a connection's last answer until its next request."""
+        try:
+            await super().write_eof(data)
+        finally:
+            self._body = None
 
 
 def headers_of(reply: Reply, id_: str) -> CIMultiDict[str]:
