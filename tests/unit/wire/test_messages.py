@@ -25,8 +25,10 @@ from minserve.wire.messages import (
     Part,
     Progress,
     RequestMeta,
+    Shared,
     Shutdown,
     Step,
+    inline_lengths,
     pack,
     pack_with_body,
     split_body,
@@ -42,10 +44,12 @@ EXAMPLES: list[Message] = [
     Progress("weights", 3, 12),
     Loaded(1.5, probes=True),
     Failure("own", "ValueError", "no ä", "/a.py:3", "Traceback …", 1, (0, 1), 418),
-    Answers((Answer(0, 2, 404, "Not here", (("a", "b"), ("a", "c"))), Answer(3, 0)), step=9),
+    Answers(
+        (Answer(0, 2, 404, "Not here", (("a", "b"), ("a", "c"))), Answer(3, 0)), step=9, shared=(Shared(1, 7, 2**40),)
+    ),
     Metrics((Metric("PredictionTime", 1.5, "ms", "gauge", (("ModelName", "m"),), "id-1,id-2", 1.7e9),)),
-    Load("m", "1.0", "/m", "handler.py:H", 8, True, False, "{}", "json", False, False, "rank0", "[]", True),
-    Batch((REQUEST, RequestMeta("id-2", (), ())), grant=4),
+    Load("m", "1.0", "/m", "handler.py:H", 8, True, False, "{}", "json", False, False, "rank0", "[]", True, True),
+    Batch((REQUEST, RequestMeta("id-2", (), ())), 4, (Shared(0, 1, 2), Shared(3, 4, 5))),
     Step(2**40),
     Shutdown("drain"),
 ]
@@ -137,3 +141,14 @@ def test_split_body_gives_pieces_of_their_own() -> None:
 def test_lengths_that_do_not_cover_the_body_are_refused(lengths: list[int], message: str) -> None:
     with pytest.raises(WireError, match=message):
         split_body(bytearray(6), lengths)
+
+
+def test_what_is_in_shared_memory_takes_no_bytes_of_the_frame() -> None:
+    assert inline_lengths(iter([3, 100_000, 5]), (Shared(1, 0, 1),)) == [3, 0, 5]
+    assert inline_lengths([3, 5], ()) == [3, 5]
+
+
+@pytest.mark.parametrize("index", [-1, 2, 2**70])
+def test_a_part_in_shared_memory_that_is_none_of_the_frame_is_refused(index: int) -> None:
+    with pytest.raises(WireError, match="is said to be in shared memory"):
+        inline_lengths([3, 5], (Shared(index, 0, 1),))
