@@ -37,7 +37,7 @@ def nothing_is_left(running: RunningServer) -> Iterator[None]:
 
 def in_use(running: RunningServer) -> dict[str, int]:
     """Bytes of shared memory, by what they hold."""
-    text = call(f"{running.metrics}?name[]=minserve_shared_memory_bytes", None).text
+    text = call(f"{running.metrics}/metrics?name[]=minserve_shared_memory_bytes").text
     return {kind: int(float(value)) for kind, value in re.findall(r'holds="(\w+)".*} (\S+)', text)}
 
 
