@@ -10,6 +10,7 @@ from minserve.frontend.app import metrics_app
 from minserve.telemetry.declarations import DEFAULT, OWN_REQUEST_SECONDS
 from minserve.telemetry.events import EventKind
 from minserve.telemetry.metrics import Metrics, Mode
+from minserve.wire.arena import BLOCK_BYTES
 from minserve.wire.messages import RequestMeta
 from minserve.worker.reports import WorkerReport
 from minserve.worker.states import State
@@ -34,7 +35,14 @@ def samples(text: str) -> dict[tuple[str, ...], float]:
 
 async def test_every_metric_that_there_may_be_has_its_head(rig: Rig) -> None:
     heads = [line.split()[2] for line in (await get(rig)).splitlines() if line.startswith("# TYPE")]
-    own = ["request_seconds", "queue_requests", "workers", "worker_restarts_total", "in_flight_bytes"]
+    own = [
+        "request_seconds",
+        "queue_requests",
+        "workers",
+        "worker_restarts_total",
+        "shared_memory_bytes",
+        "in_flight_bytes",
+    ]
     assert heads == [
         *(one.name for one in (*DEFAULT.server, *DEFAULT.model)),
         *(f"minserve_{name}" for name in own),
@@ -90,7 +98,7 @@ async def test_names_choose_samples_of_torchserves_and_of_ours(rig: Rig) -> None
 async def test_our_own_say_what_is_going_on_now(rig: Rig) -> None:
     model = rig.registry.find("m")
     rig.supervisor().reports = [
-        WorkerReport(number, state, 0.0, 1, None, 0, (), "", 0.0, ())
+        WorkerReport(number, state, 0.0, 1, None, 0, (), "", 0.0, (), answers_held=4)
         for number, state in enumerate((State.READY, State.BUSY, State.BUSY))
     ]
     model.events.record(EventKind.RESTART, "restart in 1 s", 0)
@@ -101,6 +109,8 @@ async def test_our_own_say_what_is_going_on_now(rig: Rig) -> None:
     waiting = asyncio.create_task(model.dispatcher.submit(request))
     share = rig.in_flight.share()
     share.grow(10)
+    assert model.dispatcher.arena is not None
+    share.allocate(model.dispatcher.arena, 0, 9)
     found = samples(await get(rig))
     share.give_back()
     model.dispatcher.attach(rig.lane)
@@ -110,6 +120,8 @@ async def test_our_own_say_what_is_going_on_now(rig: Rig) -> None:
     assert found["minserve_worker_restarts_total", "m", "1.0"] == 2
     assert found["minserve_queue_requests", "m", "1.0"] == 1
     assert found["minserve_in_flight_bytes",] == 10
+    assert found["minserve_shared_memory_bytes", "answers", "m", "1.0"] == 12
+    assert found["minserve_shared_memory_bytes", "requests", "m", "1.0"] == BLOCK_BYTES
     assert found["minserve_request_seconds_bucket", "0.25", "m", "1.0", "rank0"] == 0
     assert found["minserve_request_seconds_bucket", "0.5", "m", "1.0", "rank0"] == 1
     assert found["minserve_request_seconds_sum", "m", "1.0", "rank0"] == 0.3

@@ -56,6 +56,7 @@ class FakeGroup:
         self.suspected = False
         self.served = False
         self.batch_seconds: float | None = None
+        self.answers_held = 0
         self.agent_pid = 4711
         self.pids = {0: 4712}
         self.endpoints = Endpoints(f"unix:{directory}/worker.", slot * spec.world_size, spec.world_size)
