@@ -118,7 +118,7 @@ async def test_a_request_whose_worker_fails_goes_to_the_next_from_the_same_segme
     one = request(arena, BODY)
     first.group.broadcast.send([one])
     looked_at = first.rows(0, views=True)
-    first.group.broadcast.fail_all(WorkerFailed("dead"))
+    first.group.broadcast.fail_all(WorkerFailed("dead"), 1)
     second.group.broadcast.send([one])
     assert second.rows(0) == second.rows(1) == [{"p0": BODY}]
     release(one)
