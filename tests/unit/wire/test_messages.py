@@ -48,7 +48,7 @@ EXAMPLES: list[Message] = [
         (Answer(0, 2, 404, "Not here", (("a", "b"), ("a", "c"))), Answer(3, 0)), step=9, shared=(Shared(1, 7, 2**40),)
     ),
     Metrics((Metric("PredictionTime", 1.5, "ms", "gauge", (("ModelName", "m"),), "id-1,id-2", 1.7e9),)),
-    Load("m", "1.0", "/m", "handler.py:H", 8, True, False, "{}", "json", False, False, "rank0", "[]", True, True),
+    Load("m", "1.0", "/m", "handler.py:H", 8, True, False, "{}", "json", False, False, "rank0", "[]", True, 2, True),
     Batch((REQUEST, RequestMeta("id-2", (), ())), 4, (Shared(0, 1, 2), Shared(3, 4, 5))),
     Step(2**40),
     Shutdown("drain"),
