@@ -6,12 +6,14 @@ import asyncio
 import functools
 import logging
 import math
+import sys
 from typing import TYPE_CHECKING, NamedTuple
 
 from aiohttp import hdrs
 
 from minserve.dispatch.request import Request
 from minserve.errors import MinServeError, NoWorkers
+from minserve.frontend.admission import InFlightBytes
 from minserve.frontend.aliases import no_model_named
 from minserve.frontend.auth import Kind as KeyKind
 from minserve.frontends.messages import Allowed, Answered, Ask, Log, Recorded, Refused, Submit, Taken
@@ -23,6 +25,7 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from minserve.dispatch.request import Reply
+    from minserve.frontend.admission import Share
     from minserve.frontend.auth import Keys
     from minserve.frontends.channel import Channel
     from minserve.registry.models import Registry, ServedModel
@@ -35,10 +38,11 @@ _AUTHORIZATION = hdrs.AUTHORIZATION.lower().encode()
 
 
 class _Waiting(NamedTuple):
-    """A request that has no answer yet."""
+    """A request that has no answer yet. `share` holds what of its body lies in the model's arena."""
 
     request: Request
     model: ServedModel
+    share: Share
 
 
 class Door:
@@ -54,6 +58,7 @@ class Door:
         self._channel = channel
         self._loop = asyncio.get_running_loop()
         self._waiting: dict[int, _Waiting] = {}
+        self._bodies = InFlightBytes(sys.maxsize)  # the limit is kept to where they are read
         self._relays: dict[int, Relay] = {}
 
     def received(self, frame: Frame) -> None:
@@ -98,21 +103,28 @@ class Door:
 
     def _admit(self, number: int, asked: Submit, body: bytearray) -> None:
         bodies = _bodies(body, asked.meta.parts)
+        share = self._bodies.share()
         try:
             if self._keys is not None:
                 self._check_key(_authorization(asked.meta.headers))
             model = self._find(asked.model, asked.version)
             deadline = min(asked.deadline, asked.began + model.spec.request_timeout)
             named = bool(asked.version)
+            arena = model.dispatcher.arena
+            if arena is not None:
+                share.grow(len(body))
+                share.share_large(bodies, arena)
             request = Request(asked.meta, bodies, deadline, self._loop.create_future(), named=named)
+            request.segments = share.segments
             try:
                 model.dispatcher.begin(request)
             except NoWorkers:
                 raise NoWorkers(model.spec.name, asked.version) from None
         except Exception as error:
+            share.give_back()
             self._refuse(number, error)
         else:
-            self._waiting[number] = _Waiting(request, model)
+            self._waiting[number] = _Waiting(request, model, share)
             request.reply.add_done_callback(functools.partial(self._replied, number))
 
     def _find(self, name: str | None, version: str) -> ServedModel:
@@ -135,6 +147,7 @@ class Door:
             request.reply.cancel()
             dispatcher.withdraw(request)
             dispatcher.finish(request, answered=False)
+            waiting.share.give_back()
         elif number in self._relays:
             self._relays.pop(number).cancel()
 
@@ -146,6 +159,7 @@ class Door:
             return
         error = reply.exception()
         waiting.model.dispatcher.finish(waiting.request, answered=error is None)
+        waiting.share.give_back()
         if error is None:
             self._answer(number, reply.result(), waiting.model)
         else:
@@ -178,10 +192,10 @@ class Door:
             model.dispatcher.meters.frontend.add(spent.counts, spent.total)
 
 
-def _bodies(body: bytearray, parts: Sequence[Part]) -> Sequence[Buffer]:
+def _bodies(body: bytearray, parts: Sequence[Part]) -> list[Buffer]:
     if len(parts) == 1 and parts[0].length == len(body):
         return [body]  # as nearly all have it: not one more copy
-    return split_body(body, (part.length for part in parts))
+    return list(split_body(body, (part.length for part in parts)))
 
 
 def _authorization(headers: Sequence[tuple[bytes, bytes]]) -> str:
