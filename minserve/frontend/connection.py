@@ -89,8 +89,12 @@ class Connection(LaneHandler):
 
     def data_received(self, data: bytes) -> None:
         """Bytes from the client. Called with none when reading goes on."""
-        if not self._ending and (not data or (data := self.past(data))):
-            self.parse(data)
+        if self._ending:
+            return
+        if data and not (data := self.past(data)):
+            self._body = EMPTY_PAYLOAD  # an earlier request's, of which `_ended_at_work` would take notice
+            return
+        self.parse(data)
 
     def parse(self, data: bytes) -> None:
         """Bytes for the parser."""

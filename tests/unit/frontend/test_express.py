@@ -469,6 +469,24 @@ async def test_a_client_that_leaves_in_flight_gets_no_answer_and_disturbs_nobody
     assert caplog.records == []
 
 
+async def test_a_client_that_has_gone_is_missed_behind_a_request_that_aiohttp_has_read(
+    rig: Rig, held: list[Request], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(lane, "HOLD_S", 10.0)
+    async with rig.client() as client:
+        await apart(rig, client, b"abc")
+        await until(lambda: held)
+        held[0].answer(Answer(0, 2), b"ok")
+        assert (await client.answer())[0] == 200
+        await apart(rig, client, b"def")
+        await until(lambda: len(held) == 2)
+        assert [carried(request) for request in held] == [False, True]
+        client.writer.close()  # no reset: it was sent nothing that it has not read
+        await until(lambda: not rig.connections.connections)
+    assert held[1].left
+    assert (rig.registry.find("m").dispatcher._live, rig.in_flight.used) == (set(), 0)
+
+
 async def test_a_stream_that_nobody_has_taken_over_is_muted(rig: Rig, held: list[Request]) -> None:
     """Else its ranks would wait for room for ever."""
     async with rig.client() as client:
