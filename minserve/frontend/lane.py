@@ -105,7 +105,8 @@ class LaneHandler(web.RequestHandler):
 
     def _look_at(self, message: RawRequestMessage | _ErrInfo, data: bytes) -> None:
         """A head has come in one piece, with these bytes, to a parser that stood between two requests."""
-        end = data.find(b"\r\n\r\n") + 4
+        begin = len(data) - len(data.lstrip(b"\r\n"))  # empty lines before a request are passed over
+        end = data.find(b"\r\n\r\n", begin) + 4
         if isinstance(message, _ErrInfo) or message.chunked or message.upgrade or end < 4:
             return
         self._due = max(end + int(message.headers.get(hdrs.CONTENT_LENGTH, 0)) - len(data), -1)

@@ -329,6 +329,23 @@ async def test_a_line_ends_in_two_bytes(rig: Rig, ends: tuple[bytes, bytes]) -> 
     assert rig.lane.requests == []
 
 
+@pytest.mark.parametrize("lines", [b"\r\n", b"\r\n\r\n", b"\n\r\n\r\n"])
+async def test_empty_lines_before_a_head_are_no_end_of_it(rig: Rig, lines: bytes) -> None:
+    """The three digits of the length once made the empty lines alone a head that was known."""
+    body = bytes(100)
+    async with rig.client() as client:
+        one = await connection(rig)
+        for _ in range(2):
+            client.send(lines + post(body)[: -len(body)])
+            await until(lambda: one._early or one._due > 0)
+            assert one._due in (0, len(body))
+            assert one._known is not None
+            assert one._known.size == len(lines) + len(post(body)) - len(body)
+            client.send(body)
+            assert (await client.answer())[::2] == (200, body)
+            await connection(rig)
+
+
 async def test_a_head_behind_a_body_is_not_passed_over(rig: Rig) -> None:
     """The parser stands in its middle."""
     async with rig.client() as client:
