@@ -187,6 +187,9 @@ class MinServeConfig(_Keys):
     shared_memory: Whole = 256 * 1024 * 1024
     """Most bytes of shared memory for large request bodies, one area for all workers, and as many for each worker's large
     answers. What does not fit goes over the sockets; 0: all does. Memory is used as it is needed. Default 268435456."""
+    spin_micros: Annotated[int, Field(ge=0, le=10_000)] = 0
+    """Microseconds for which an idle rank looks for its next batch without giving its core away, before it sleeps. It saves
+    the wake-up of a rank that has a core to itself; elsewhere it takes the core from those who have work. Default 0."""
     predict_on: Literal["all", "rank0"] = "all"
     """Which ranks run the handler for a batch: all, in step, or rank 0 alone, which calls the others itself (TorchServe's
     way with parallelType pp). Default all."""

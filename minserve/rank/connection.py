@@ -6,6 +6,7 @@ import os
 import select
 import socket
 import threading
+import time
 from collections import deque
 from typing import TYPE_CHECKING
 
@@ -35,9 +36,11 @@ class Connection:
     Attributes:
         lost: the server has closed the link.
         replies: rank 0's shared memory for its answers.
+        spin: seconds for which `receive` looks for the next frame without giving the core away, before it sleeps.
     """
 
     replies: Replies | None = None
+    spin = 0.0
 
     def __init__(self, connection: socket.socket) -> None:
         self.socket = connection
@@ -85,10 +88,19 @@ class Connection:
             WireError: the bytes are no frame.
         """
         while not self._frames:
-            # A recv that waits on a unix socket also wakes when the server reads what this rank has sent; a poll does not.
-            self._poll.poll()
+            if not (self.spin and self._spun()):
+                # A recv that waits on a unix socket also wakes when the server reads what this rank has sent.
+                self._poll.poll()
             self._read()
         return self._frames.popleft()
+
+    def _spun(self) -> bool:
+        """Whether something has come while it was looked for. To be woken costs more than a batch of a fast handler."""
+        until = time.perf_counter() + self.spin
+        while not self._poll.poll(0):
+            if time.perf_counter() >= until:
+                return False
+        return True
 
     def receive_all(self) -> list[Frame]:
         """The next frame, and those that came with it.

@@ -173,6 +173,7 @@ class Load(Message):
         asynchronous: each batch is a task of its own, and the answers may come in any order.
         in_flight: how many batches may be under way, where the configuration says so; 0: the handler may say.
         views: what would reach the handler as a bytearray does as a read-only memoryview.
+        spin: seconds that the rank looks for the next batch before it sleeps.
     """
 
     model: str
@@ -191,6 +192,7 @@ class Load(Message):
     asynchronous: bool = False
     in_flight: int = 0
     views: bool = False
+    spin: float = 0.0
 
 
 class Part(Message):

@@ -59,6 +59,7 @@ class Loading:
             asynchronous=spec.asynchronous,
             in_flight=options.in_flight or 0,
             views=options.bodies == "view",
+            spin=options.spin_micros / 1e6,
         )
         return pack_with_body(Kind.LOAD, message, [spec.yaml], 0)
 

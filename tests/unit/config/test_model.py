@@ -120,6 +120,7 @@ minserve:
   launcher: warm
   bodies: view
   sharedMemory: 0
+  spinMicros: 50
   predictOn: all
 handler: {model_path: weights, profile: true}
 pippy: {chunks: 1}

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import os
+import select
 import socket
 import threading
 from collections.abc import Sequence
@@ -73,6 +74,30 @@ def receive_all(connection: Connection) -> list[tuple[Kind, int, bytes]]:
         except Disconnected:
             return result
         result.append((frame.kind, frame.seq, bytes(frame.body)))
+
+
+def test_a_rank_that_spins_takes_what_comes_while_it_looks_and_what_comes_later() -> None:
+    ours, theirs = socket.socketpair()
+    with ours, theirs:
+        connection = Connection(ours)
+        polls: list[int | None] = []
+        real = connection._poll
+
+        class Poll:
+            def poll(self, timeout: int | None = None) -> list[tuple[int, int]]:
+                polls.append(timeout)
+                if len(polls) == 3 or timeout is None:
+                    theirs.sendall(encode(Kind.BATCH, len(polls)))
+                return real.poll(timeout)
+
+        connection._poll = cast("select.poll", Poll())
+        connection.spin = 3600.0
+        assert connection.receive().seq == 3
+        assert polls == [0, 0, 0]
+        connection.spin = 1e-9  # over with the first look
+        polls.clear()
+        assert connection.receive().seq == len(polls)
+        assert polls[-1] is None
 
 
 @pytest.mark.parametrize("step", [1, 7, 24, 2**30])
