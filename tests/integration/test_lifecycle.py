@@ -11,6 +11,7 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import psutil
@@ -34,40 +35,45 @@ def endpoints(running: RunningServer, model: str) -> list[str]:
     return [rank["endpoint"] for group in ranks if isinstance(group, list) for rank in group]
 
 
-def test_a_load_that_fails_on_one_rank_is_told_and_given_up() -> None:
-    with server(MODELS / "badload", DEMO_MODELS / "echo") as running:
-        until(lambda: "unhealthy" in running.describe("badload"), 30, "the verdict")
-        began = time.monotonic()
-        answer = running.predict("badload", "x")
-        assert time.monotonic() - began < 1.0  # refused, not queued
-        assert answer.status == 503
-        assert "rank 1" in answer.message
-        assert "cannot load: FileNotFoundError: no weights for rank 1" in answer.message
-        worker = running.workers("badload")[0]
-        assert (worker["state"], worker["status"]) == ("FAILED", "UNLOADING")
-        assert worker["restarts"] != 0
-        assert "looking for weights" in str(worker["lastLines"])
-        assert "badload/0 rank 1 | looking for weights" in running.log
-        assert 'raise FileNotFoundError("no weights for rank 1")' in running.log  # the traceback
-        assert call(f"{running.inference}/ping").status == 500
-        assert running.predict("echo", "still here").body == b"still here"
-
-
-def test_a_load_that_never_ends_is_ended_and_says_which_rank() -> None:
-    with server(MODELS / "waits") as running:
-        until(lambda: "unhealthy" in running.describe("waits"), 60, "the verdict")
-        reason = str(running.describe("waits")["unhealthy"])
-        assert re.search(r"not loaded within 20 s \(rank 1 \(pid \d+\): weights 3 of 12\)", reason)
-
-
-def test_ranks_that_do_not_connect_in_time_are_named(tmp_path: Path) -> None:
-    model = tmp_path / "late"
-    shutil.copytree(DEMO_MODELS / "echo-tp", model)
-    with (model / "model-config.yaml").open("a") as config:
+@pytest.fixture(scope="module")
+def never_ready(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunningServer]:
+    """Three models that cannot be started, each in its way and all at one time, beside one that serves."""
+    late = tmp_path_factory.mktemp("late") / "late"
+    shutil.copytree(DEMO_MODELS / "echo-tp", late)
+    with (late / "model-config.yaml").open("a") as config:
         config.write("maxRetryTimeoutInSec: 0\nminserve: {acceptTimeout: 0.2}\n")
-    with server(model) as running:
-        until(lambda: "unhealthy" in running.describe("late"), 30, "the verdict")
-        assert "rank 0, 1 did not connect within 0.2 s" in str(running.describe("late")["unhealthy"])
+    with server(MODELS / "badload", MODELS / "waits", late, DEMO_MODELS / "echo") as running:
+        yield running
+
+
+def test_a_load_that_fails_on_one_rank_is_told_and_given_up(never_ready: RunningServer) -> None:
+    running = never_ready
+    until(lambda: "unhealthy" in running.describe("badload"), 30, "the verdict")
+    began = time.monotonic()
+    answer = running.predict("badload", "x")
+    assert time.monotonic() - began < 1.0  # refused, not queued
+    assert answer.status == 503
+    assert "rank 1" in answer.message
+    assert "cannot load: FileNotFoundError: no weights for rank 1" in answer.message
+    worker = running.workers("badload")[0]
+    assert (worker["state"], worker["status"]) == ("FAILED", "UNLOADING")
+    assert worker["restarts"] != 0
+    assert "looking for weights" in str(worker["lastLines"])
+    assert "badload/0 rank 1 | looking for weights" in running.log
+    assert 'raise FileNotFoundError("no weights for rank 1")' in running.log  # the traceback
+    assert call(f"{running.inference}/ping").status == 500
+    assert running.predict("echo", "still here").body == b"still here"
+
+
+def test_a_load_that_never_ends_is_ended_and_says_which_rank(never_ready: RunningServer) -> None:
+    until(lambda: "unhealthy" in never_ready.describe("waits"), 60, "the verdict")
+    reason = str(never_ready.describe("waits")["unhealthy"])
+    assert re.search(r"not loaded within 20 s \(rank 1 \(pid \d+\): weights 3 of 12\)", reason)
+
+
+def test_ranks_that_do_not_connect_in_time_are_named(never_ready: RunningServer) -> None:
+    until(lambda: "unhealthy" in never_ready.describe("late"), 30, "the verdict")
+    assert "rank 0, 1 did not connect within 0.2 s" in str(never_ready.describe("late")["unhealthy"])
 
 
 def test_two_workers_of_two_ranks_have_four_endpoints(two_workers: Path) -> None:

@@ -102,12 +102,11 @@ def test_the_launcher_has_one_thread_and_has_touched_no_device(running: RunningS
     assert len(files) == 4, "stdin, stdout, stderr, the server's socket"
 
 
-@pytest.mark.parametrize("how", ["SIGKILL"])
-def test_a_death_in_a_collective_is_told_alike(running: RunningServer, how: str) -> None:
+def test_a_death_in_a_collective_is_told_alike(running: RunningServer) -> None:
     told = []
     for model in ("ranks-warm", "ranks-torchrun"):
         restarts, family = running.restarts(model), [agent_of(running, model), *agent_of(running, model).children()]
-        answer = running.predict(model, how)
+        answer = running.predict(model, "SIGKILL")
         told.append((answer.status, re.sub(r"\d{3,}", "PID", answer.message.replace(model, "MODEL"))))
         until(lambda: gone(family), 3.0, "the end of all")  # noqa: B023
         running.wait_until_ready(model, restarts + 1)
@@ -141,30 +140,26 @@ def test_a_launcher_that_does_not_answer_is_done_without(running: RunningServer)
 
 def test_whoever_is_killed_just_after_a_fork_leaves_nothing(running: RunningServer) -> None:
     """Also when it is the launcher, whose forks are the server's: that start begins anew."""
-    restarts = running.restarts("ranks-warm")
-    for moment in (0.003,):
-        if not psutil.pid_exists(launcher_pid(running)):  # the next start only makes one
-            os.kill(running.pids("ranks-warm")[0], signal.SIGKILL)
-            restarts += 1
-            running.wait_until_ready("ranks-warm", restarts)
-        starts = running.log.count("ranks-warm/0: start:")
+    if not psutil.pid_exists(launcher_pid(running)):  # the next start only makes one
+        restarts = running.restarts("ranks-warm")
         os.kill(running.pids("ranks-warm")[0], signal.SIGKILL)
-        until(lambda: running.log.count("ranks-warm/0: start:") > starts)  # noqa: B023
-        time.sleep(moment)
-        launcher_of(running).kill()
-        restarts += 1
-        running.wait_until_ready("ranks-warm", restarts)
-        assert ask(running, "ranks-warm", "chance")
+        running.wait_until_ready("ranks-warm", restarts + 1)
+    starts, restarts = running.log.count("ranks-warm/0: start:"), running.restarts("ranks-warm")
+    os.kill(running.pids("ranks-warm")[0], signal.SIGKILL)
+    until(lambda: running.log.count("ranks-warm/0: start:") > starts)
+    time.sleep(0.003)
+    launcher_of(running).kill()
+    running.wait_until_ready("ranks-warm", restarts + 1)
+    assert ask(running, "ranks-warm", "chance")
     children = {one.pid for one in running.family() if one.ppid() == running.process.pid}
     assert len(children - {launcher_pid(running)}) == 4 + 1, "of four models, and the guardian"
 
 
-@pytest.mark.parametrize("moment", [0.01])
-def test_a_server_killed_just_after_a_fork_leaves_nothing(tmp_path: Path, moment: float) -> None:
+def test_a_server_killed_just_after_a_fork_leaves_nothing(tmp_path: Path) -> None:
     with server(copy(tmp_path, "ranks", "warm"), options=("--log-level", "debug"), started=False) as running:
         until(lambda: "forked by the warm launcher" in running.log, 90)
         family = running.family()
-        time.sleep(moment)
+        time.sleep(0.01)
         family += running.family()
         running.process.kill()
         running.process.wait()
