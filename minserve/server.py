@@ -101,10 +101,7 @@ class Server:
         Raises:
             StartupError: the server cannot start; no rank has been started then.
         """
-        loop = asyncio.get_running_loop()
-        for number in SIGNALS:
-            if number != signal.SIGHUP or signal.getsignal(number) is not signal.SIG_IGN:  # nohup shall be obeyed
-                loop.add_signal_handler(number, self._signalled, number)
+        self._take_signals()
         require_c_parser()
         _raise_open_files()
         metrics = self._metrics()
@@ -122,21 +119,7 @@ class Server:
             found = await self._read_models(inventory)
             if found is None:
                 return
-            self._listeners = bind_all(places(options))
-            tls = any(listener.address.tls for listener in self._listeners)
-            # Before any rank starts: its files may be wrong.
-            identity = read_identity(options) if tls else None
-            context = tls_context(identity) if identity is not None else None
-            self._keys = make_keys(options)
-            self.registry = Registry(
-                *(self._runtime, inventory, starter, self._worker_changed),
-                *(options, self._on_event, metrics),
-            )
-            models, self.registry.broken = found
-            # Those who own devices choose first; plain single processes share what is left.
-            for model in sorted(models, key=lambda model: model.spec.config.parallel_type is ParallelType.NONE):
-                self.registry.add(model)
-            await self._listen(context, identity)
+            await self._open(found, inventory, starter, metrics)
             self.listening.set()
             if not options.disable_system_metrics:
                 system.start()
@@ -157,11 +140,12 @@ class Server:
             reaper.close()
             self._runtime.remove()
             guardian.dismiss()
-            signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)  # it ends already, and shall end in 0
-            for number in SIGNALS:
-                loop.remove_signal_handler(number)
-                signal.signal(number, signal.SIG_IGN)
-            signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
+            _ignore_signals()
+
+    def _take_signals(self) -> None:
+        for number in SIGNALS:
+            if number != signal.SIGHUP or signal.getsignal(number) is not signal.SIG_IGN:  # nohup shall be obeyed
+                asyncio.get_running_loop().add_signal_handler(number, self._signalled, number)
 
     def _signalled(self, number: signal.Signals) -> None:
         """The first signal ends the server, each further one the stage of its end that is under way."""
@@ -193,6 +177,31 @@ class Server:
             await asyncio.wait([reading])
             return None
         return reading.result()
+
+    async def _open(
+        self,
+        found: tuple[list[ValidModel], dict[str, ConfigError]],
+        inventory: Inventory,
+        starter: Starter,
+        metrics: Metrics,
+    ) -> None:
+        """Takes the addresses, starts the models' workers, and listens."""
+        options = self._options
+        self._listeners = bind_all(places(options))
+        tls = any(listener.address.tls for listener in self._listeners)
+        # Before any rank starts: its files may be wrong.
+        identity = read_identity(options) if tls else None
+        context = tls_context(identity) if identity is not None else None
+        self._keys = make_keys(options)
+        self.registry = Registry(
+            *(self._runtime, inventory, starter, self._worker_changed),
+            *(options, self._on_event, metrics),
+        )
+        models, self.registry.broken = found
+        # Those who own devices choose first; plain single processes share what is left.
+        for model in sorted(models, key=lambda model: model.spec.config.parallel_type is ParallelType.NONE):
+            self.registry.add(model)
+        await self._listen(context, identity)
 
     async def _listen(self, context: ssl.SSLContext | None, identity: Identity | None) -> None:
         """Accepts on every address, and tells other commands of this user where."""
@@ -284,6 +293,15 @@ class Server:
         if self._frontends is not None:
             await self._frontends.close()
         await asyncio.gather(*(app_runner.cleanup() for app_runner in self._runners))
+
+
+def _ignore_signals() -> None:
+    """The server ends already, and shall end in 0."""
+    signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
+    for number in SIGNALS:
+        asyncio.get_running_loop().remove_signal_handler(number)
+        signal.signal(number, signal.SIG_IGN)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
 
 
 def _raise_open_files() -> None:
