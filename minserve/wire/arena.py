@@ -63,6 +63,10 @@ class Marks:
         """Bytes of the marks of so many readers."""
         return readers * blocks * _MARK_BYTES
 
+    def close(self) -> None:
+        """The readers are dead. What was lent to them may know of these marks for longer, but not keep their memory."""
+        self.over, self.rows = True, ()
+
     def released(self, block: int, use: int) -> bool:
         """Whether every reader is through with a use."""
         return self.over or all(row[block] == use for row in self.rows)

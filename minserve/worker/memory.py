@@ -44,7 +44,7 @@ class Memory:
         ranks: how many there are.
 
     Attributes:
-        answers: rank 0's large answers, to be looked at.
+        answers: rank 0's large answers, to be looked at; None once the ranks are dead.
     """
 
     def __init__(self, requests: Arena, ranks: int) -> None:
@@ -56,7 +56,7 @@ class Memory:
             answers = self._new("minserve-answers", requests.blocks * BLOCK_BYTES)
             answer_marks = self._new("minserve-marks", Marks.size(1, requests.blocks))
             self.marks = Marks(marks, ranks)
-            self.answers = Views(answers, Marks(answer_marks, 1).rows[0])
+            self.answers: Views | None = Views(answers, Marks(answer_marks, 1).rows[0])
         except OSError:
             self.close_descriptors()
             raise
@@ -75,9 +75,14 @@ class Memory:
             os.close(self._descriptors.pop())
 
     def close(self) -> None:
-        """The ranks are dead: what they were lent is free."""
+        """The ranks are dead: what they were lent is free.
+
+        Nothing is left to the garbage collector, which comes by too seldom for memory and descriptors. Answers that clients
+        have not taken yet stay as long as they are looked at.
+        """
         self.close_descriptors()
-        self.marks.over = True
+        self.marks.close()
+        self.answers = None
 
     def lend(self, segments: Sequence[Segment]) -> None:
         """Every rank is about to be told of these."""

@@ -43,7 +43,7 @@ def answers_of(batch: Outstanding, meta: Answers, frame: Frame, memory: Memory |
     lengths = [answer.length for answer in answers]
     if not meta.shared:
         return list(zip(answers, split_body(frame.body, lengths), strict=True))
-    if memory is None:
+    if memory is None or memory.answers is None:
         raise WireError(f"{frame.kind.name} with answers in shared memory, of which there is none")
     bodies: list[Buffer] = list(split_body(frame.body, inline_lengths(lengths, meta.shared)))
     for place in meta.shared:

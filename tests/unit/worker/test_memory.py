@@ -241,6 +241,24 @@ def test_descriptors_come_with_the_answer_to_hello(arena: Arena) -> None:
     memory.close()
 
 
+def test_the_end_of_a_worker_needs_no_garbage_collection(arena: Arena) -> None:
+    """A group of ranks is a web of objects that know each other; the collector may come to it hours later."""
+    before = held()
+    memory = Memory(arena, 2)
+    segment = arena.allocate(SHARE_FROM)
+    assert segment is not None
+    memory.lend([segment])
+    assert memory.answers is not None
+    answer = memory.answers.view(0, 1, SHARE_FROM)
+    memory.close()
+    assert held() == before + 3, "mappings of the answers and of their marks, which has a descriptor"
+    assert answer[:2] == b"\0\0"
+    del answer
+    assert held() == before
+    segment.release()
+    assert arena.used == 0
+
+
 def test_without_shared_memory_the_answer_to_hello_brings_none() -> None:
     ours, theirs = socket.socketpair()
     with ours, theirs:
