@@ -274,7 +274,7 @@ class RankGroup:
     def answers_held(self) -> int:
         """Bytes of its answers in shared memory that clients have not got yet."""
         memory = self._site.memory
-        return memory.answers.held if memory is not None and memory.answers is not None else 0
+        return memory.held if memory is not None else 0
 
     @property
     def served(self) -> bool:

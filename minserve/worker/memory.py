@@ -69,6 +69,11 @@ class Memory:
         """What a rank gets: the requests, read-only, and their marks; rank 0 also the answers and theirs."""
         return self._descriptors if rank == 0 else self._descriptors[:2]
 
+    @property
+    def held(self) -> int:
+        """Bytes of answers that clients have not got yet."""
+        return self.answers.held if self.answers is not None else 0
+
     def close_descriptors(self) -> None:
         """Every rank has its own."""
         while self._descriptors:
