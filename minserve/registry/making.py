@@ -89,5 +89,7 @@ class Maker:
 
     def clear_away(self, served: ServedModel) -> None:
         """Removes what is left of a model whose workers have ended, and its file if it was fetched for it."""
+        if served.dispatcher.arena is not None:
+            served.dispatcher.arena.close()
         self._runtime.drop_model_directory(served.directory)
         served.source.discard()

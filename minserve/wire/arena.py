@@ -76,12 +76,12 @@ class Arena:
     """The owner's side.
 
     Args:
-        descriptor: of the memory, writable. It is closed with the arena.
+        descriptor: of the memory, writable. It is closed with the arena, by `close` or when nobody knows it any more.
     """
 
     def __init__(self, descriptor: int) -> None:
         self._descriptor = descriptor
-        weakref.finalize(self, os.close, descriptor)
+        self._close = weakref.finalize(self, os.close, descriptor)
         self._map = mmap.mmap(descriptor, 0)
         self._view = memoryview(self._map)
         self._taken = bytearray(len(self._view) // BLOCK_BYTES)  # 1 for a block in use
@@ -89,6 +89,14 @@ class Arena:
         self._use = 0
         self._touched = 0  # blocks from the start that may have pages
         self._used_until = (0, 0.0)  # the latest use that `rest` has seen, and when
+
+    def close(self) -> None:
+        """Nothing is allocated any more, and no reader comes. The memory is gone once no segment of it is looked at."""
+        self._close()
+        self._descriptor = -1
+        self._view = memoryview(b"")
+        self._map = mmap.mmap(-1, mmap.PAGESIZE)
+        self._touched = 0
 
     def open_for_readers(self) -> int:
         """A new descriptor of the memory, through which it cannot be written to."""
@@ -108,6 +116,8 @@ class Arena:
     def allocate(self, length: int) -> Segment | None:
         """A segment for a body of `length` bytes, at least 1; None if there is no room for it just now."""
         self._collect()
+        if self._descriptor < 0:
+            return None
         count = -(-length // BLOCK_BYTES)
         block = self._taken.find(bytes(count))  # the first run of so many free ones
         if block < 0:

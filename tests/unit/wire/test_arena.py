@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import itertools
 import os
+from pathlib import Path
 
 import pytest
 from hypothesis import given
@@ -187,3 +188,26 @@ def test_no_two_segments_in_use_overlap_and_all_are_free_in_the_end(steps: list[
             over(segment, one)
     assert arena.used == 0
     assert allocated(arena, BLOCKS * BLOCK_BYTES).block == 0, "nothing is lost to fragments"
+
+
+def test_a_closed_arena_is_gone_with_the_last_look_at_it() -> None:
+    def mapped() -> int:
+        return sum("memfd:closed" in line for line in Path("/proc/self/maps").read_text().splitlines())
+
+    descriptor = new_memory("closed", 4 * BLOCK_BYTES)
+    arena = Arena(descriptor)
+    segment = arena.allocate(5)
+    assert segment is not None
+    segment.view[:] = b"bytes"
+    arena.close()
+    assert arena.allocate(1) is None
+    with pytest.raises(OSError, match="Bad file descriptor"):
+        os.fstat(descriptor)
+    with pytest.raises(OSError, match="No such file"):
+        arena.open_for_readers()
+    assert (mapped(), bytes(segment.view)) == (1, b"bytes")
+    segment.release()
+    assert arena.used == 0
+    arena.rest(1e9)
+    del segment
+    assert mapped() == 0
