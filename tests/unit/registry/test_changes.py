@@ -211,6 +211,14 @@ async def test_another_version_takes_over_without_a_failed_request(home: Home) -
     assert home.registry.versions("m") == [second, again]
 
 
+async def test_shared_memory_for_bodies_goes_with_the_model(home: Home) -> None:
+    arena = (await home.register()).dispatcher.arena
+    assert arena is not None
+    assert arena.allocate(1) is not None
+    await home.registry.unregister("m")
+    assert arena.allocate(1) is None
+
+
 async def test_the_last_version_may_go_and_takes_the_name_along(home: Home) -> None:
     await home.register()
     await home.registry.unregister("m")
