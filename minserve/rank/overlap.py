@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 from minserve.rank import streaming
 from minserve.rank.context import BatchContext
 from minserve.rank.failures import issued_collectives
-from minserve.rank.scratch import Scratch
+from minserve.rank.scratch import Owner, Scratch
 from minserve.rank.threads import BATCH_THREAD
 from minserve.rank.turns import Turns
 from minserve.wire.frames import PROBE, Kind
@@ -108,7 +108,7 @@ class Overlap:
         self._inbox = inbox
         self._slot = slot
         self._context = context
-        self._owners = [vars(owner) for owner in handler.owners if hasattr(owner, "__dict__")]
+        self._owners = [Owner(vars(owner)) for owner in handler.owners if hasattr(owner, "__dict__")]
         self._plan = plan
         self._run = run
         self._turns = Turns(plan.tell, follows=plan.hear is not None)
@@ -218,7 +218,8 @@ class Overlap:
         self._turns.settle(seq)
 
     def _give_up(self, batch: _UnderWay) -> None:
-        batch.scratch.put_aside()
+        """The batch is over."""
+        batch.scratch.give_back()
         self._current = None
 
     # ── in `Pipeline.run` ──
@@ -240,7 +241,8 @@ class Overlap:
         self._listen(batch, issued)
         stream = streaming.current()
         streaming.set_current(None)
-        self._give_up(batch)
+        batch.scratch.put_aside()
+        self._current = None
         try:
             return self._turns.pause(ticket, receive)
         finally:
