@@ -68,7 +68,7 @@ class Broadcast:
         batches_done: without probes.
         first_seq: of the first batch that is no probe; 0 before it.
         recorder: told of each batch as it goes out, and how it ended; None as long as nobody asks for a recording.
-        replied: seq of the last batch that rank 0 is through with.
+        replied: seq of the last batch that is over with all those before it.
     """
 
     def __init__(
@@ -340,7 +340,7 @@ class Broadcast:
             self._on_event(EventKind.STREAM_CANCELLED, detail, 0, self._links[0].pid)
         if batch.on_passed is not None:
             batch.on_passed()
-        self.replied = max(self.replied, batch.seq)
+        self.replied = next(iter(self._outstanding), self._seq + 1) - 1
         self.batches_done += bool(batch.requests)
         self._places.finished(batch.seconds if batch.requests else None)
         self._time.finished(batch)

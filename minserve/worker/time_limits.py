@@ -42,6 +42,7 @@ class TimeLimits:
         self._on_overdue = on_overdue
         self._alarm = Alarm(clock, self._look)
         self._served = False  # a batch that is no probe is over
+        self._held = False  # a batch waits for its clients, and with it perhaps all others: no limit counts
         self._crowded_until = math.inf  # how long it is borne that a link has no room
 
     def stop(self) -> None:
@@ -65,15 +66,27 @@ class TimeLimits:
     def finished(self, batch: Outstanding) -> None:
         """A batch is over, and gone from those under way."""
         self._served = self._served or bool(batch.requests)
-        if self._outstanding and not self._limits.any_order:
-            oldest = next(iter(self._outstanding.values()))
+        if self._limits.any_order:
+            return
+        oldest = next(iter(self._outstanding.values()), None)
+        moved = oldest is not None and oldest.seq > batch.seq  # in a pipeline a later one may be over first
+        if oldest is not None and moved:
             oldest.limit = self._limit()
-            self._set(oldest, min(oldest.due, self._clock.time() + oldest.limit))
+        self._recount(moved=moved)
 
     def stepped(self, batch: Outstanding) -> None:
         """A stream goes on, or has to wait for its clients, which counts for no limit."""
-        waits = batch.waits_for_grant and not batch.cancelled
-        self._set(batch, math.inf if waits else self._clock.time() + batch.limit)
+        if self._limits.any_order:
+            self._set(batch, math.inf if _waits(batch) else self._clock.time() + batch.limit)
+        else:
+            self._recount(moved=batch is next(iter(self._outstanding.values())))
+
+    def _recount(self, *, moved: bool) -> None:
+        """The oldest batch has its limit anew if it has `moved` on, or if those that stood still may go on."""
+        held, self._held = self._held, any(map(_waits, self._outstanding.values()))
+        if self._outstanding and (moved or held != self._held):
+            oldest = next(iter(self._outstanding.values()))
+            self._set(oldest, math.inf if self._held else self._clock.time() + oldest.limit)
 
     def cancelled(self, batch: Outstanding) -> None:
         """A batch that is worked on beside others is to end."""
@@ -110,3 +123,7 @@ class TimeLimits:
             link = next(link for link in self._links if link.rank not in batch.done)
         text = f"did not finish batch {batch.seq} within {batch.limit:g} s"
         return Cause(What.SILENCE, link.rank, link.pid, text, now)
+
+
+def _waits(batch: Outstanding) -> bool:
+    return batch.waits_for_grant and not batch.cancelled

@@ -552,6 +552,17 @@ async def test_a_batch_behind_others_counts_from_when_it_becomes_the_oldest() ->
     assert [str(cause) for cause in group.broken] == ["rank 0 (pid 4000) did not finish batch 3 within 10 s"]
 
 
+async def test_a_batch_that_is_over_before_an_earlier_one_leaves_its_ranks_their_time() -> None:
+    group = Group(in_flight=3)
+    for name in (b"a", b"b", b"c"):
+        group.send(name)
+    over = []
+    for seq in (2, 1, 3):  # in a pipeline the handler may answer one without a run
+        group.reply(seq, b"A")
+        over.append(group.broadcast.replied)  # the watchdog asks the ranks for so much
+    assert over == [0, 2, 3]
+
+
 async def test_each_chunk_of_a_stream_starts_the_limit_anew() -> None:
     group = Group()
     group.finish()

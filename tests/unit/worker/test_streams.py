@@ -249,3 +249,52 @@ async def test_a_client_that_leaves_after_the_end_of_its_stream_changes_nothing(
     request.stream.mute()
     assert group.told(Kind.CANCEL) == []
     assert group.told(Kind.GRANT) == []
+
+
+async def test_a_client_that_reads_nothing_stops_the_clock_of_the_batches_around_its_own_too() -> None:
+    group = Group(in_flight=3)
+    group.finish()
+    for name in (b"x", b"y", b"z"):
+        (request,) = group.send(name)
+        if name == b"y":
+            slow = request
+    group.clock.advance(TIMEOUT - 1)
+    for _ in range(AHEAD):  # in a pipeline the second batch may have the ranks' turn
+        group.chunk(3, (0, b"c" * BUFFER))
+    group.clock.advance(100 * TIMEOUT)
+    assert group.broken == []
+    assert slow.stream is not None
+    await read(slow.stream, AHEAD)
+    group.clock.advance(TIMEOUT - 0.1)
+    assert group.broken == []
+    group.clock.advance(0.2)
+    assert [cause.detail for cause in group.broken] == ["did not finish batch 2 within 10 s"]
+
+
+async def test_the_end_of_a_later_batch_does_not_start_the_clock_for_a_client_that_reads_nothing() -> None:
+    group = Group(in_flight=3)
+    group.finish()
+    group.send(b"x")
+    group.send(b"y")
+    for _ in range(AHEAD):
+        group.chunk(2, (0, b"c" * BUFFER))
+    for rank in (0, 1):  # it failed before it reached the pipeline
+        group.error(rank, 3, failure())
+    assert group.continued(0) == [3]
+    group.clock.advance(100 * TIMEOUT)
+    assert group.broken == []
+
+
+async def test_an_earlier_batch_has_its_limit_anew_once_a_stream_beside_it_has_ended() -> None:
+    group = Group(in_flight=3)
+    group.finish()
+    group.send(b"x")
+    group.send(b"y")
+    for _ in range(AHEAD):
+        group.chunk(3, (0, b"c" * BUFFER))
+    group.clock.advance(100 * TIMEOUT)
+    group.reply(3, b"")
+    group.clock.advance(TIMEOUT - 0.1)
+    assert group.broken == []
+    group.clock.advance(0.2)
+    assert [cause.detail for cause in group.broken] == ["did not finish batch 2 within 10 s"]
