@@ -108,7 +108,8 @@ class Overlap:
         self._inbox = inbox
         self._slot = slot
         self._context = context
-        self._owners = [Owner(vars(owner)) for owner in handler.owners if hasattr(owner, "__dict__")]
+        owners = {id(owner): owner for owner in handler.owners if hasattr(owner, "__dict__")}  # each once, by any name
+        self._owners = [Owner(vars(owner)) for owner in owners.values()]
         self._plan = plan
         self._run = run
         self._turns = Turns(plan.tell, follows=plan.hear is not None)

@@ -160,6 +160,30 @@ def test_a_further_run_goes_out_with_the_next_number(serve: Serve, line: Line) -
     assert words([peer.next()]) == ["REPLY 3 b: C; 3 begun, 3 answered"]
 
 
+def test_what_is_set_on_an_object_of_several_names_is_each_batchs_own(serve: Serve, line: Line) -> None:
+    peer = serve("""
+    class Service:
+        pass
+    service = another_name = Service()
+    def handle(data, context):
+        if data is None:
+            return
+        service.name = bytes(data[0]["body"]).decode()
+        run(service.name)
+        if service.name != "warm":
+            run(service.name)
+        return [service.name]
+    """)
+    peer.give(batch(2, b"a"), batch(3, b"b"))
+    line.next(), line.next()
+    for seq, name in ((2, "a"), (3, "b")):
+        line.give(seq, "")
+        assert line.next() == ((seq, 2), name)
+    for seq, name in ((2, "a"), (3, "b")):
+        line.give(seq, "", run=2)
+        assert words([peer.next()]) == [f"REPLY {seq} {name}"]
+
+
 def test_a_failure_leaves_earlier_batches_alone_and_later_ones_wait_for_continue(serve: Serve, line: Line) -> None:
     peer = serve(KEEPS)
     peer.give(batch(2, b"a"), batch(3, b"fails before"), batch(4, b"c"))
