@@ -72,7 +72,10 @@ class Header(NamedTuple):
 
 
 def pack(tensors: Sequence[Tensor], device: torch.device, ticket: Ticket, failed: bool = False) -> list[Tensor]:
-    """Makes the message for some activations: the header, then bytes that share their memory.
+    """Makes the message for some activations: the header, then copies of their bytes.
+
+    Copies, for the message may still be on its way when the stage works on the next batch, and a stage may return the same
+    memory each time: a buffer that it keeps, what a captured CUDA graph writes to.
 
     Everything that can be wrong with them is found here, before anything is sent.
 
@@ -90,7 +93,7 @@ def pack(tensors: Sequence[Tensor], device: torch.device, ticket: Ticket, failed
     numbers += [0] * (HEADER_LENGTH - len(numbers))
     header = torch.tensor(numbers, dtype=torch.int64, device=device)
     # As bytes: NCCL has no int16 and, in older versions, no float8.
-    payloads = [_bytes_of(tensor.to(device)) for tensor in tensors if tensor.numel()]
+    payloads = [_bytes_of(tensor.to(device, copy=True)) for tensor in tensors if tensor.numel()]
     return [header, *payloads]
 
 
