@@ -17,6 +17,8 @@ from minserve.rank import forked, process
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
+    from torch.distributed.launcher.api import LaunchConfig
+
 _HANDLED = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT)  # by torchrun, to end its ranks
 
 
@@ -28,11 +30,8 @@ def run(arguments: Sequence[str]) -> None:
     """
     from torch.distributed.elastic.multiprocessing.errors import record
     from torch.distributed.launcher.api import elastic_launch
-    from torch.distributed.run import config_from_args, parse_args
 
-    options = parse_args(list(arguments))  # type: ignore[no-untyped-call]
-    options.start_method = "fork"
-    config, _, _ = config_from_args(options)
+    config = _config(arguments)
     agent = os.getpid()
     _guard_forks(agent)
 
@@ -41,6 +40,25 @@ def run(arguments: Sequence[str]) -> None:
 
     rank.__name__ = rank.__qualname__ = "minserve.rank"  # in what torchrun reports
     record(elastic_launch(config, rank))()
+
+
+def _config(arguments: Sequence[str]) -> LaunchConfig:
+    """What torchrun makes of its arguments, without a look at CUDA.
+
+    A newer torch asks for the GPUs, to bind each rank to the CPUs near its own. That starts CUDA in the agent, and a fork
+    of a process with CUDA has none: its ranks would be on the CPU, or fail. So here nothing is bound.
+    """
+    import torch.cuda
+    from torch.distributed.run import config_from_args, parse_args
+
+    options = parse_args(list(arguments))  # type: ignore[no-untyped-call]
+    options.start_method = "fork"
+    is_available, torch.cuda.is_available = torch.cuda.is_available, lambda: False
+    try:
+        config, _, _ = config_from_args(options)
+    finally:
+        torch.cuda.is_available = is_available
+    return config
 
 
 def _guard_forks(agent: int) -> None:
@@ -69,7 +87,8 @@ def _become_rank(agent: int) -> NoReturn:
     os.setsid()
     if not process.die_with(agent):
         os._exit(1)
-    faulthandler.disable()  # the agent's code has enabled it
+    if not os.environ.get("PYTHONFAULTHANDLER"):
+        faulthandler.disable()  # the agent's code has enabled it
     forked.close_files()  # their owners stay referenced by the frames above to the end
     sys.stdin = open(0, closefd=False)  # noqa: SIM115  # multiprocessing's is among those closed
     forked.leave(forked.run_rank)

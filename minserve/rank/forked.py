@@ -114,6 +114,8 @@ def run_rank() -> None:
     _be_a_main_process()
     import torch  # the launcher has
 
+    if torch.cuda._is_in_bad_fork():
+        sys.exit("CUDA was in use in the process that has forked this one, so there is none here")
     threads = int(os.environ.get("OMP_NUM_THREADS", "1"))
     if threads != 1:  # the launcher's own; libgomp has read it already
         torch.set_num_threads(threads)

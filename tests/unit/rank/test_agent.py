@@ -1,6 +1,12 @@
 import subprocess
 import sys
 
+import pytest
+import torch
+from torch.distributed.launcher.api import LaunchConfig
+
+from minserve.rank import agent
+
 GUARDED = """
 import os, signal
 from minserve.rank.agent import _guard_forks
@@ -22,3 +28,21 @@ print(signal.getsignal(signal.SIGTERM) is handler, signal.pthread_sigmask(0, [])
 def test_a_rank_has_the_signals_of_a_new_process_and_the_agent_keeps_its_own() -> None:
     ended = subprocess.run([sys.executable, "-c", GUARDED], capture_output=True, text=True, timeout=60, check=True)
     assert ended.stdout == "True set()\nTrue set()\n"
+
+
+def test_the_agent_never_asks_cuda_whose_forks_would_have_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    def available() -> bool:
+        pytest.fail("this starts CUDA")
+
+    made = LaunchConfig.__post_init__
+
+    def asks(config: LaunchConfig) -> None:
+        """As a newer torch does, also under an older one."""
+        torch.cuda.is_available()
+        made(config)  # type: ignore[no-untyped-call]
+
+    monkeypatch.setattr(torch.cuda, "is_available", available)
+    monkeypatch.setattr(LaunchConfig, "__post_init__", asks)
+    config = agent._config(["--nnodes", "1", "--nproc-per-node", "2", "-m", "minserve.rank"])
+    assert (config.nproc_per_node, config.start_method) == (2, "fork")
+    assert torch.cuda.is_available is available
