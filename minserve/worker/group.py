@@ -134,6 +134,7 @@ class RankGroup:
             text = f"{self._who}: rank {missing} did not connect within {accept_timeout:g} s"
             self.cause = Cause(What.SILENCE, acceptor.missing[0], 0, "did not connect", self._loop.time())
             raise WorkerFailed(text, self._inquest.last_lines(acceptor.missing)) from None
+        self._starter.connected(self._who)
         for arrival in arrivals:
             link = Link(arrival.hello, self._received, self._room, self._inquest.lost)
             await self._loop.connect_accepted_socket(lambda link=link: link, arrival.socket)  # type: ignore[misc]

@@ -46,6 +46,7 @@ class Starter:
         self.environ = environ
         self._directory = directory / "warm"
         self._warm: WarmLauncher | None = None
+        self._unproven: set[str] = set()  # whose last start was a fork, of which nothing has connected yet
 
     async def start(self, launch: Launch, who: str) -> Child:
         """Starts a process.
@@ -56,9 +57,13 @@ class Starter:
         Raises:
             OSError: it cannot be started.
         """
-        if launch.warm is not None and (warm := self._launcher(launch.patient)) is not None:
+        if launch.warm is not None and who in self._unproven:  # whatever a fork cannot do here, nobody shall wait for
+            self._unproven.remove(who)
+            logger.warning("%s: started without the warm launcher: what it had forked did not connect", who)
+        elif launch.warm is not None and (warm := self._launcher(launch.patient)) is not None:
             try:
                 forked = await warm.fork(launch)
+                self._unproven.add(who)
                 logger.debug(
                     "%s: pid %d forked by the warm launcher for: %s", who, forked.pid, " ".join(launch.command)
                 )
@@ -70,6 +75,10 @@ class Starter:
         assert process.stdout is not None
         with process.stdout:
             return Child(process.pid, os.dup(process.stdout.fileno()), process.wait)
+
+    def connected(self, who: str) -> None:
+        """All that was started for it has come up: the next start may be a fork, too."""
+        self._unproven.discard(who)
 
     def _launcher(self, patient: bool) -> WarmLauncher | None:
         """The launcher, if there is one or, for those who can wait, ought to be one."""

@@ -48,12 +48,14 @@ def fake_launcher(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(FakeLauncher, "made", [])
 
 
-async def started(processes: Starter, launch: Launch) -> bool:
+async def started(processes: Starter, launch: Launch, *, connects: bool = True) -> bool:
     """Starts it; whether it was forked."""
     child = await processes.start(launch, "m/0")
     if child.output >= 0:
         os.close(child.output)
         child.reap()
+    if connects:
+        processes.connected("m/0")
     return child.pid == 4711
 
 
@@ -79,6 +81,17 @@ async def test_what_cannot_be_forked_is_started_all_the_same_and_the_log_says_wh
     monkeypatch.setattr(FakeLauncher, "fails", "it has a json of its own")
     assert not await started(processes, GROUP)
     assert "m/0: started without the warm launcher: it has a json of its own" in caplog.text
+
+
+async def test_after_a_fork_that_did_not_connect_comes_one_plain_start(
+    processes: Starter, caplog: pytest.LogCaptureFixture
+) -> None:
+    """So what no fork can do on this machine costs one start, not the model."""
+    assert await started(processes, GROUP, connects=False)
+    assert not await started(processes, GROUP)
+    assert "m/0: started without the warm launcher: what it had forked did not connect" in caplog.text
+    assert await started(processes, GROUP)
+    assert await started(processes, GROUP)
 
 
 async def test_a_launcher_that_cannot_be_started_is_done_without(
