@@ -83,7 +83,7 @@ class WarmLauncher:
         self._watch = Watch(self._process.pid, self._exited)
         self._is_ready: asyncio.Future[bool] = self._loop.create_future()
         self._answers: deque[asyncio.Future[Answer | None]] = deque()  # None: it has died
-        self._dismissed = self._gave_up = False
+        self._dismissed = self._gave_up = self._late = False
         logger.debug("warm launcher: pid %d", self._process.pid)
 
     @property
@@ -139,9 +139,10 @@ class WarmLauncher:
 
     async def _until_ready(self) -> None:
         try:
-            async with asyncio.timeout(READY_S):
+            async with asyncio.timeout(0 if self._late else READY_S):
                 ready = await asyncio.shield(self._is_ready)
         except TimeoutError:
+            self._late = True  # no other start waits as long once more
             raise NotWarmError(f"the warm launcher was not ready within {READY_S:g} s") from None
         if not ready or self.ended:
             raise NotWarmError("the warm launcher has died")

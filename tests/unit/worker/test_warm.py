@@ -134,6 +134,18 @@ async def test_one_that_does_not_answer_is_killed(fake: Fake, monkeypatch: pytes
     assert not mute.useless, "another one may do better"
 
 
+async def test_one_that_is_not_ready_in_time_is_waited_for_once(fake: Fake, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(warm, "READY_S", 0.05)
+    fake.behaviour = "signal.pause()"
+    stuck = fake.launcher()
+    with pytest.raises(NotWarmError, match="not ready"):
+        await stuck.fork(LAUNCH)
+    monkeypatch.setattr(warm, "READY_S", 3600.0)
+    async with asyncio.timeout(5.0):
+        with pytest.raises(NotWarmError, match="not ready"):
+            await stuck.fork(LAUNCH)
+
+
 async def test_what_nobody_waits_for_any_more_is_ended(fake: Fake) -> None:
     fake.behaviour = "import time\nserve(lambda start, output: (time.sleep(0.2), fork(start, output))[1])"
     warm = fake.launcher()
