@@ -30,7 +30,10 @@ LATE = re.compile(
 )
 AT_STARTUP = ("sitecustomize", "usercustomize")  # which Python imports at the start of a process
 _MainProcess = type(multiprocessing.process.current_process())  # multiprocessing hides the class
-_ENV_START = 47  # the place of field 50, env_start, in /proc/<pid>/stat behind the name: proc(5)
+_ARG_START, _ENV_START = (
+    45,
+    47,
+)  # of fields 48, arg_start, and 50, env_start, in /proc/<pid>/stat behind the name: proc(5)
 
 
 class Origin:
@@ -41,8 +44,7 @@ class Origin:
         self._entries = _entries(self.environ, "/")
         self._path = [entry for entry in sys.path[1:] if entry not in self._entries]
         # Where the kernel has put the environment: what /proc/<pid>/environ shows, also of a fork, and of its forks.
-        start, end = Path("/proc/self/stat").read_text().rpartition(")")[2].split()[_ENV_START : _ENV_START + 2]
-        self._block = range(int(start), int(end))
+        self._block = _block(_ENV_START)
 
     def why_not(self, environ: Mapping[str, str], directory: str) -> str:
         """Why a fork would not be what a process of its own is; "" if nothing speaks against it."""
@@ -68,12 +70,28 @@ class Origin:
             entry = os.fsencode(f"{name}={value}") + b"\0"
             if name != "MINSERVE_SECRET" and len(shown) + len(entry) <= len(self._block):
                 shown += entry
-        ctypes.memmove(self._block.start, shown.ljust(len(self._block), b"\0"), len(self._block))
+        _show(shown, self._block)
 
     def set_path(self, environ: Mapping[str, str], directory: str) -> None:
         """The import path that `python -m` in this directory has."""
         sys.path[:] = [directory, *dict.fromkeys([*_entries(environ, directory), *self._path])]
         importlib.invalidate_caches()
+
+
+def show_module(name: str) -> None:
+    """What `ps` shows of this process: `python -u -m` and this module, all that the launcher's own command has room for."""
+    sys.orig_argv[:] = [sys.executable, "-u", "-m", name]
+    _show(b"".join(os.fsencode(word) + b"\0" for word in sys.orig_argv), _block(_ARG_START))
+
+
+def _block(field: int) -> range:
+    """Memory that the kernel shows to others, between the addresses in this field of /proc/<pid>/stat and the next."""
+    start, end = Path("/proc/self/stat").read_text().rpartition(")")[2].split()[field : field + 2]
+    return range(int(start), int(end))
+
+
+def _show(data: bytes, block: range) -> None:
+    ctypes.memmove(block.start, data[: len(block)].ljust(len(block), b"\0"), len(block))
 
 
 def _entries(environ: Mapping[str, str], directory: str) -> list[str]:
@@ -123,7 +141,7 @@ def run_rank() -> None:
     if "numpy.random" in sys.modules:
         sys.modules["numpy.random"].seed()
     sys.argv[:] = ["-m"]
-    sys.orig_argv[:] = [sys.executable, "-u", "-m", "minserve.rank"]
+    show_module("minserve.rank")
     for name in AT_STARTUP:
         if sys.modules.pop(name, None) is not None:
             importlib.import_module(name)

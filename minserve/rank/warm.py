@@ -83,6 +83,7 @@ def _start(start: Start, output: int, origin: forked.Origin, server: int) -> Sta
         origin.set_path(environ, os.getcwd())  # Python, too, takes the folder that a link leads to
         forked.reset_signals()
         if start.torchrun:
+            forked.show_module("minserve.rank.agent")
             agent.run(start.torchrun)
         else:
             forked.run_rank()

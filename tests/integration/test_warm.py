@@ -86,7 +86,9 @@ def test_ranks_are_forks_of_an_agent_that_is_the_servers_child_as_torchrun_is(ru
     for model in ("ranks-warm", "ranks-torchrun"):
         assert agent_of(running, model).ppid() == running.process.pid
     assert psutil.Process(running.pids("alone-warm")[0]).ppid() == running.process.pid
-    assert "minserve.rank.warm" in agent_of(running, "ranks-warm").cmdline()
+    assert "minserve.rank.agent" in agent_of(running, "ranks-warm").cmdline()
+    assert "minserve.rank" in psutil.Process(running.pids("ranks-warm")[0]).cmdline()
+    assert "minserve.rank.warm" in launcher_of(running).cmdline()
     assert "torch.distributed.run" in agent_of(running, "ranks-torchrun").cmdline()
 
 
