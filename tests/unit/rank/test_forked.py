@@ -127,3 +127,15 @@ def test_a_fork_ends_as_a_process_does(body: str, code: int, text: str) -> None:
     ended = run(f"{script}def main():\n    {body}\ntry:\n    forked.leave(main)\nfinally:\n    print('above')")
     assert (ended.returncode, ended.stdout) == (code, "tidied up\n")
     assert ended.stderr.endswith(text)
+
+
+def test_a_rank_that_could_not_use_cuda_ends_at_once() -> None:
+    """Else torch would tell it that there is no GPU, and it would be on the CPU."""
+    ended = run("import torch\ntorch.cuda._is_in_bad_fork = lambda: True\nforked.leave(forked.run_rank)")
+    assert ended.returncode == 1
+    assert "CUDA was in use" in ended.stderr
+
+
+def test_ps_shows_what_a_fork_is() -> None:
+    code = "forked.show_module('m')\nprint(open('/proc/self/cmdline').read().rstrip(chr(0)).split(chr(0))[1:])"
+    assert run(code).stdout == "['-u', '-m', 'm']\n"
