@@ -7,6 +7,7 @@ torch.distributed.elastic's. Only the start of a rank differs: `fork` with a fun
 from __future__ import annotations
 
 import faulthandler
+import logging
 import os
 import signal
 import sys
@@ -28,12 +29,14 @@ def run(arguments: Sequence[str]) -> None:
     Raises:
         ChildFailedError: a rank has failed; also whatever else torchrun ends with.
     """
+    from torch.distributed.elastic import multiprocessing
     from torch.distributed.elastic.multiprocessing.errors import record
     from torch.distributed.launcher.api import elastic_launch
 
     config = _config(arguments)
     agent = os.getpid()
     _guard_forks(agent)
+    logging.getLogger(multiprocessing.api.__name__).addFilter(_without_traceback)
 
     def rank() -> None:
         _become_rank(agent)
@@ -59,6 +62,12 @@ def _config(arguments: Sequence[str]) -> LaunchConfig:
     finally:
         torch.cuda.is_available = is_available
     return config
+
+
+def _without_traceback(record: logging.LogRecord) -> bool:
+    """Of a rank that has failed, where it is torch's own. To print one torch imports its compiler, for seconds."""
+    record.exc_info = None
+    return True
 
 
 def _guard_forks(agent: int) -> None:

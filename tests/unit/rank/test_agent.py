@@ -1,3 +1,4 @@
+import logging
 import subprocess
 import sys
 
@@ -46,3 +47,13 @@ def test_the_agent_never_asks_cuda_whose_forks_would_have_none(monkeypatch: pyte
     config = agent._config(["--nnodes", "1", "--nproc-per-node", "2", "-m", "minserve.rank"])
     assert (config.nproc_per_node, config.start_method) == (2, "fork")
     assert torch.cuda.is_available is available
+
+
+def test_what_torch_says_of_a_failed_rank_comes_without_its_own_traceback(caplog: pytest.LogCaptureFixture) -> None:
+    logger = logging.getLogger("a test's")
+    logger.addFilter(agent._without_traceback)
+    try:
+        raise RuntimeError
+    except RuntimeError:
+        logger.exception("failed (exitcode: 1)")
+    assert [(record.message, record.exc_info) for record in caplog.records] == [("failed (exitcode: 1)", None)]
