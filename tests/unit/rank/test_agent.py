@@ -1,6 +1,7 @@
 import logging
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -31,7 +32,7 @@ def test_a_rank_has_the_signals_of_a_new_process_and_the_agent_keeps_its_own() -
     assert ended.stdout == "True set()\nTrue set()\n"
 
 
-def test_the_agent_never_asks_cuda_whose_forks_would_have_none(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_agent_never_asks_cuda_whose_forks_would_have_none(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     def available() -> bool:
         pytest.fail("this starts CUDA")
 
@@ -44,7 +45,9 @@ def test_the_agent_never_asks_cuda_whose_forks_would_have_none(monkeypatch: pyte
 
     monkeypatch.setattr(torch.cuda, "is_available", available)
     monkeypatch.setattr(LaunchConfig, "__post_init__", asks)
-    config = agent._config(["--nnodes", "1", "--nproc-per-node", "2", "-m", "minserve.rank"])
+    # Without a folder of its own torch makes one in /tmp.
+    options = ["--nnodes", "1", "--nproc-per-node", "2", "--log-dir", str(tmp_path)]
+    config = agent._config([*options, "-m", "minserve.rank"])
     assert (config.nproc_per_node, config.start_method) == (2, "fork")
     assert torch.cuda.is_available is available
 
