@@ -156,6 +156,8 @@ class Door:
     def _replied(self, number: int, reply: asyncio.Future[Reply]) -> None:
         waiting = self._waiting.pop(number, None)
         if waiting is None:  # the client has left
+            if not reply.cancelled():
+                reply.exception()  # nobody shall miss it
             return
         error = reply.exception()
         waiting.model.dispatcher.finish(waiting.request, answered=error is None)

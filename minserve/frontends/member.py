@@ -197,6 +197,8 @@ class Member:
         self._spawning = asyncio.create_task(self._spawn_again())
 
     async def _spawn_again(self) -> None:
+        if self._stopping:
+            return
         try:
             await self._spawn()
         except OSError as error:
