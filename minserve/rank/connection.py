@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from minserve.wire.messages import Answers, Buffer, Message
 
 MAX_BATCH_BYTES = 2**33  # a sanity bound; the server has its own limit on bodies
+REST_MS = 500
 MAX_PIECES = 512  # IOV_MAX is 1024 on Linux
 MOST_DESCRIPTORS = 4
 
@@ -89,10 +90,20 @@ class Connection:
         """
         while not self._frames:
             if not (self.spin and self._spun()):
-                # A recv that waits on a unix socket also wakes when the server reads what this rank has sent.
-                self._poll.poll()
+                self._wait()
             self._read()
         return self._frames.popleft()
+
+    def _wait(self) -> None:
+        """Sleeps until something has come. Rank 0 wakes up now and then while it has memory to give back.
+
+        By a poll, for a recv that waits on a unix socket also wakes when the server reads what this rank has sent.
+        """
+        replies = self.replies
+        while not self._poll.poll(REST_MS if replies is not None and replies.touched else None):
+            assert replies is not None
+            with self._sending:
+                replies.rest(time.monotonic())
 
     def _spun(self) -> bool:
         """Whether something has come while it was looked for. To be woken costs more than a batch of a fast handler."""

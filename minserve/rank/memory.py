@@ -27,6 +27,15 @@ class Replies:
         self._arena = arena
         self._marks = marks
 
+    @property
+    def touched(self) -> bool:
+        """Whether it has memory that is not needed for ever."""
+        return self._arena.touched
+
+    def rest(self, now: float) -> None:
+        """See `Arena.rest`."""
+        self._arena.rest(now)
+
     def place(self, bodies: Sequence[Buffer]) -> tuple[tuple[Shared, ...], list[Buffer]]:
         """Copies the large ones into the arena, as far as there is room.
 

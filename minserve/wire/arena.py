@@ -128,6 +128,11 @@ class Arena:
         start = block * BLOCK_BYTES
         return Segment(self, block, self._use, self._view[start : start + length])
 
+    @property
+    def touched(self) -> bool:
+        """Whether it may have memory that `rest` could give back."""
+        return self._touched > 0
+
     def rest(self, now: float) -> None:
         """Gives memory back to the system once nothing has been allocated for a while.
 

@@ -10,7 +10,8 @@ from typing import cast
 import pytest
 
 from minserve.errors import WireError
-from minserve.rank.connection import MAX_PIECES, Connection, Disconnected
+from minserve.rank.connection import MAX_PIECES, REST_MS, Connection, Disconnected
+from minserve.rank.memory import Replies
 from minserve.wire.frames import FROM_RANK, Frame, FrameReader, Kind, encode
 from minserve.wire.messages import Answer, Answers, Buffer, Hello, Progress, unpack
 from tests.fakes import feed
@@ -98,6 +99,32 @@ def test_a_rank_that_spins_takes_what_comes_while_it_looks_and_what_comes_later(
         polls.clear()
         assert connection.receive().seq == len(polls)
         assert polls[-1] is None
+
+
+def test_an_idle_rank_0_wakes_to_give_memory_back_until_there_is_none() -> None:
+    ours, theirs = socket.socketpair()
+    with ours, theirs:
+        connection = Connection(ours)
+        waits: list[int | None] = []
+
+        class Poll:
+            def poll(self, timeout: int | None = None) -> list[tuple[int, int]]:
+                waits.append(timeout)
+                if timeout is None:
+                    theirs.sendall(encode(Kind.BATCH, 1))
+                return [] if timeout is not None else [(0, 0)]
+
+        class Touched:
+            left = 3
+            touched = property(lambda self: self.left > 0)
+
+            def rest(self, now: float) -> None:
+                self.left -= 1
+
+        connection._poll = cast("select.poll", Poll())
+        connection.replies = cast("Replies", Touched())
+        assert connection.receive().seq == 1
+        assert waits == [REST_MS, REST_MS, REST_MS, None]
 
 
 @pytest.mark.parametrize("step", [1, 7, 24, 2**30])
