@@ -59,7 +59,6 @@ class Connection(LaneHandler):
             "_read_timeout",
             "_seen",
             "_seen_at",
-            "_upgrade",
         ),
     )
 
@@ -75,7 +74,6 @@ class Connection(LaneHandler):
         self._overhead = 0  # bytes that have come of a body, with all that is around its chunks
         self._ending = False  # an answer that ends the connection is under way: what comes now is not looked at
         self._half_closed = False
-        self._upgrade = False  # the last request asks for another protocol
         self._seen: tuple[str, int] | None = None  # what it was seen waiting for, and since when
         self._seen_at = 0.0
 
@@ -106,7 +104,7 @@ class Connection(LaneHandler):
             if isinstance(message, _ErrInfo):
                 self._malformed()
             else:
-                self._body, self._upgrade = body, message.upgrade
+                self._body = body
                 size = self._head_size + len(data)
                 if size > MAX_HEAD or len(self._messages) > 1 or message.version is not HttpVersion11:
                     self._check_heads()
@@ -122,10 +120,6 @@ class Connection(LaneHandler):
                 self._ending = True
                 what = f"{self._body.total_bytes} bytes of the body came in more than {self._overhead} bytes of chunks"
                 self._loop.call_soon(self._break_off, BadRequest(f"bad request: {what}"))
-        if self._upgrade and self._due < 0 and self._body.is_eof():
-            # aiohttp's parser drops what comes together with the end of a request that asks for another protocol. Answers to
-            # what comes later must not be taken for answers to that.
-            self._close = True
 
     def _check_heads(self) -> None:
         """Refuses what the parser lets pass. Ordinary requests are not looked at."""

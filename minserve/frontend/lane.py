@@ -107,10 +107,10 @@ class LaneHandler(web.RequestHandler):
         """A head has come in one piece, with these bytes, to a parser that stood between two requests."""
         begin = len(data) - len(data.lstrip(b"\r\n"))  # empty lines before a request are passed over
         end = data.find(b"\r\n\r\n", begin) + 4
-        if isinstance(message, _ErrInfo) or message.chunked or end < 4:
+        if isinstance(message, _ErrInfo) or message.chunked or message.upgrade or end < 4:
             return
         self._due = max(end + int(message.headers.get(hdrs.CONTENT_LENGTH, 0)) - len(data), -1)
-        if self._express is not None and self._due >= 0 and end <= MAX_KNOWN and not message.upgrade:
+        if self._express is not None and self._due >= 0 and end <= MAX_KNOWN:
             self._known = self._express.read(message, data[:end])
 
     def go_on(self, data: bytes) -> None:

@@ -21,8 +21,6 @@ PING = b"GET /ping HTTP/1.1\r\nHost: x\r\n\r\n"
 HEAD = b"POST /predictions/m HTTP/1.1\r\nHost: x\r\n"
 POST = HEAD + b"Content-Length: 0\r\n\r\n"
 SLOW = POST.replace(b"/m ", b"/m/ ")  # nothing for the express
-POST_UPGRADE = HEAD + b"Content-Length: 2\r\nUpgrade: h2c\r\nConnection: Upgrade\r\n\r\nab"
-GET_UPGRADE = PING[:-2] + b"Upgrade: h2c\r\nConnection: Upgrade\r\n\r\n"
 CLOSE = HEAD + b"Content-Length: 0\r\nConnection: close\r\n\r\n"
 
 
@@ -157,30 +155,6 @@ async def test_pipelined_requests_are_answered_in_their_order_one_at_a_time(rig:
             held.pop().answer(Answer(0, 1), b"%d" % number)
             assert not held
             assert (await client.answer())[::2] == (200, b"%d" % number)
-
-
-@pytest.mark.parametrize("first", [POST_UPGRADE, GET_UPGRADE])
-async def test_no_answer_is_taken_for_that_to_what_aiohttp_drops_behind_an_upgrade(rig: Rig, first: bytes) -> None:
-    async with rig.client() as client:
-        client.send(first + PING)
-        assert (await client.answer())[0] == 200
-        assert await client.rest() == b""
-
-
-async def test_nor_behind_the_body_of_one(rig: Rig) -> None:
-    async with rig.client() as client:
-        client.send(POST_UPGRADE[:-1])
-        await until(lambda: [one._due for one in rig.connections.connections if isinstance(one, Connection)] == [1])
-        client.send(POST_UPGRADE[-1:] + PING)
-        assert (await client.answer())[0] == 200
-        assert await client.rest() == b""
-
-
-async def test_a_request_that_asks_for_another_protocol_is_one_like_others(rig: Rig) -> None:
-    async with rig.client() as client:
-        for request in (POST_UPGRADE, GET_UPGRADE, POST_UPGRADE, PING):
-            client.send(request)
-            assert (await client.answer())[0] == 200
 
 
 async def test_more_pipelined_requests_than_may_wait_are_all_answered(rig: Rig) -> None:
