@@ -6,6 +6,7 @@ faulthandler needs neither the GIL nor the rank's main thread, so also a rank th
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import os
 import re
 from pathlib import Path
@@ -36,8 +37,7 @@ class StackFile:
         """Asks a rank to write; False if it would not, or the signal would end it: it has no handler for that."""
         if not self._path.exists() or not _listens(pid):
             return False
-        with contextlib.suppress(ProcessLookupError):
-            os.kill(pid, STACK_SIGNAL)
+        _signal_main_thread(pid)
         return True
 
     def settled(self) -> bool:
@@ -63,6 +63,20 @@ class StackFile:
             return self._path.stat().st_size
         except OSError:
             return 0
+
+
+def _signal_main_thread(pid: int) -> None:
+    """Any other thread would read the main thread's frames while that runs, which ends the process with SIGSEGV.
+
+    A signal to the process is the main thread's as a rule, but not when a stopped process goes on: then it is whose turn
+    comes first.
+    """
+    tgkill = getattr(ctypes.CDLL(None), "tgkill", None)
+    if tgkill is not None:
+        tgkill(pid, pid, int(STACK_SIGNAL))  # of one that has gone it only says so
+        return
+    with contextlib.suppress(ProcessLookupError):  # glibc before 2.30
+        os.kill(pid, STACK_SIGNAL)
 
 
 def _listens(pid: int) -> bool:

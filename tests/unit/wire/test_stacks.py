@@ -29,6 +29,28 @@ def test_who_would_die_of_the_signal_is_not_asked(tmp_path: Path, deaf: int) -> 
     assert not StackFile(tmp_path, 1).ask(deaf), "nor who has no file"
 
 
+BUSY = f"""
+import faulthandler, signal, threading, time
+faulthandler.register({int(STACK_SIGNAL)}, open("stack.0", "wb", buffering=0))
+threading.Thread(target=time.sleep, args=(600,), daemon=True).start()
+signal.pthread_sigmask(signal.SIG_BLOCK, [{int(STACK_SIGNAL)}])
+print(flush=True)
+time.sleep(600)
+"""
+
+
+def test_only_the_main_thread_writes_for_no_other_can_read_its_frames(tmp_path: Path) -> None:
+    with subprocess.Popen([sys.executable, "-c", BUSY], stdout=-1, cwd=tmp_path) as child:
+        assert child.stdout is not None
+        child.stdout.readline()
+        assert StackFile(tmp_path, 0).ask(child.pid)
+        status = Path(f"/proc/{child.pid}/status").read_text()
+        pending = next(int(line.split()[1], 16) for line in status.splitlines() if line.startswith("SigPnd:"))
+        child.kill()
+    assert pending >> (STACK_SIGNAL - 1) & 1, "it waits for the thread that holds it back"
+    assert (tmp_path / "stack.0").read_bytes() == b"", "and no other has taken it"
+
+
 def test_it_is_settled_when_it_has_grown_and_grows_no_more(tmp_path: Path) -> None:
     path = tmp_path / "stack.0"
     path.write_text("of an earlier time\n")
