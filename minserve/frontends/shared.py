@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import mmap
 import os
+import weakref
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -19,6 +20,9 @@ _BYTES = 8  # of a number: written and read in one piece
 class Shared:
     """The numbers.
 
+    Args:
+        descriptor: of the memory. It is closed with this.
+
     Attributes:
         descriptor: of the memory, for a process that is to have it, too.
         in_flight: bytes of request bodies, by process.
@@ -27,6 +31,7 @@ class Shared:
 
     def __init__(self, descriptor: int) -> None:
         self.descriptor = descriptor
+        weakref.finalize(self, os.close, descriptor)
         memory = memoryview(mmap.mmap(descriptor, 0)).cast("q")
         processes = len(memory) // 2
         self.in_flight = memory[:processes]
