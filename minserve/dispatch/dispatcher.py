@@ -237,10 +237,12 @@ class Dispatcher:
             lane = self._lanes.next(full=full)
             if lane is None or (not full and self._waits_for_company(lane)):
                 return
-            batch = self._take()
+            batch, late = self._take()
             self._waits = False
             if batch:
                 self._send(lane, batch)
+            for request in late:  # only now: who is told may ask again at once, which comes back to here
+                request.fail(self._too_late(request))
 
     def _waits_for_company(self, lane: Lane) -> bool:
         """Whether the requests in the queue, too few for a full batch, wait for more though this lane has a place."""
@@ -270,14 +272,18 @@ class Dispatcher:
             for request in batch:
                 request.fail(MinServeError(f'Model "{self._model}": the request could not be sent to the ranks'))
 
-    def _take(self) -> list[Request]:
+    def _take(self) -> tuple[list[Request], list[Request]]:
         """Up to a batch of requests whose clients still wait, all of one operation. One that is tried again travels alone.
 
         It may be what killed its last worker, and then shall not take others along. Handlers for TorchServe ask the first
         request of a batch whether to predict or to explain, and describe a batch of one.
+
+        Returns:
+            The batch, and those that were in front of it and whose deadline has passed.
         """
         now = self._clock.time()
         batch: list[Request] = []
+        late: list[Request] = []
         operation = ""
         while self._queue and len(batch) < self._batch_size:
             request = self._queue[0]
@@ -287,14 +293,14 @@ class Dispatcher:
                 break
             self._queue.popleft()
             if request.deadline <= now:
-                request.fail(self._too_late(request))
+                late.append(request)
             elif not request.reply.done():
                 batch.append(request)
                 if request.attempts:
                     break
         if batch:
             self._measure(batch)
-        return batch
+        return batch, late
 
     def _measure(self, batch: list[Request]) -> None:
         """How long each has waited: for company, and for a place."""

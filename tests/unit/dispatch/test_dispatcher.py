@@ -430,6 +430,30 @@ async def test_an_expired_request_takes_no_slot_of_a_batch() -> None:
 
 
 @pytest.mark.asyncio
+async def test_who_asks_again_from_where_it_is_told_of_its_expiry_waits_its_turn() -> None:
+    """As the connection of a pipelining client does (frontend/passage.py)."""
+
+    class AsksAgain(asyncio.Future[Reply]):
+        def set_exception(self, exception: type[BaseException] | BaseException) -> None:
+            super().set_exception(exception)
+            rig.dispatcher.begin(rig.request("c"))
+
+    rig = Rig()
+    rig.lane.places = 0
+    late = rig.request("a", timeout=5)
+    late.reply = AsksAgain()
+    rig.dispatcher.begin(late)
+    rig.dispatcher.begin(rig.request("b"))
+    rig.clock._now += 5
+    rig.lane.places = 1
+    rig.dispatcher._cut()
+    assert isinstance(late.reply.exception(), DeadlineExceeded)
+    assert (rig.lane.sent, rig.dispatcher.queued) == ([["b"]], 1)
+    rig.lane.free()
+    assert rig.lane.sent == [["b"], ["c"]]
+
+
+@pytest.mark.asyncio
 async def test_expiry_in_flight_answers_the_client_but_frees_no_place() -> None:
     rig = Rig()
     (a,) = await rig.submit("a", timeout=5)
