@@ -190,6 +190,10 @@ class MinServeConfig(_Keys):
     spin_micros: Annotated[int, Field(ge=0, le=10_000)] = 0
     """Microseconds for which an idle rank looks for its next batch without giving its core away, before it sleeps. It saves
     the wake-up of a rank that has a core to itself; elsewhere it takes the core from those who have work. Default 0."""
+    scheduling: Literal["normal", "batch"] = "normal"
+    """How the ranks' threads get a core when they wake up. normal: they may take it from who runs there. batch: they wait
+    for a free one, or for their turn (Linux's SCHED_BATCH): collectives on CPUs are faster where nothing else keeps the
+    cores busy, and several times slower where something does. Default normal."""
     predict_on: Literal["all", "rank0"] = "all"
     """Which ranks run the handler for a batch: all, in step, or rank 0 alone, which calls the others itself (TorchServe's
     way with parallelType pp). Default all."""

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import yaml
 
 import minserve
-from minserve.rank import coroutines, overlap, progress, streaming, threads
+from minserve.rank import coroutines, overlap, progress, scheduling, streaming, threads
 from minserve.rank.bodies import Bodies
 from minserve.rank.connection import Disconnected
 from minserve.rank.context import Context
@@ -98,6 +98,8 @@ class Rank:
         self._outbox = Outbox(self._connection, self._rank, load.reply_done)
         self._bodies = Bodies(self._shared, load.decode_input, load.views)
         self._connection.spin = load.spin
+        if load.wait_for_cores:
+            scheduling.wait_for_cores()
         if load.predict_on == "rank0":
             self._together = 1
         try:
@@ -107,6 +109,7 @@ class Rank:
         except (Exception, SystemExit) as error:
             self._outbox.load_failed(describe(error, self._rank, self._world_size))
             return None
+        scheduling.let_gloo_wait_for_cores()
         gc.collect()
         gc.freeze()  # what is loaded stays: the collector need not walk through all of torch in the middle of a batch
         self._plan = self._choose_plan(load, handler)

@@ -174,6 +174,7 @@ class Load(Message):
         in_flight: how many batches may be under way, where the configuration says so; 0: the handler may say.
         views: what would reach the handler as a bytearray does as a read-only memoryview.
         spin: seconds that the rank looks for the next batch before it sleeps.
+        wait_for_cores: its threads take no core from anybody.
     """
 
     model: str
@@ -193,6 +194,7 @@ class Load(Message):
     in_flight: int = 0
     views: bool = False
     spin: float = 0.0
+    wait_for_cores: bool = False
 
 
 class Part(Message):

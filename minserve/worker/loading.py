@@ -60,6 +60,7 @@ class Loading:
             in_flight=options.in_flight or 0,
             views=options.bodies == "view",
             spin=options.spin_micros / 1e6,
+            wait_for_cores=options.scheduling == "batch",
         )
         return pack_with_body(Kind.LOAD, message, [spec.yaml], 0)
 

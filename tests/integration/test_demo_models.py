@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import json
+import os
 import socket
 from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
 from urllib.parse import urlsplit
 
 import aiohttp
@@ -156,3 +158,13 @@ def test_echo_shows_how_bodies_reach_a_handler(running: RunningServer) -> None:
 @pytest.mark.parametrize("method", ["GET", "PUT", "POST", "DELETE"])
 def test_every_method_predicts(running: RunningServer, method: str) -> None:
     assert running.predict("echo", "text", method=method).body == b"text"
+
+
+def test_gloos_loop_threads_take_no_core_from_the_thread_that_has_their_lock(running: RunningServer) -> None:
+    for pid in running.pids("allreduce"):
+        threads = [
+            (int(task.name), (task / "comm").read_text().strip()) for task in Path(f"/proc/{pid}/task").iterdir()
+        ]
+        policies = {name: os.sched_getscheduler(thread) for thread, name in threads}
+        assert policies["gloo_tcp_loop"] == os.SCHED_BATCH
+        assert os.sched_getscheduler(pid) == os.SCHED_OTHER

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 SCENARIOS: Mapping[str, Callable[[Run], Findings]] = {
     "no-op": serving.no_op,
     "all-reduce": serving.all_reduce,
+    "all-reduce-dedicated": serving.all_reduce_dedicated,
     "ranks": group_sizes.measure,
     "servers": neighbours.measure,
     "bodies": bodies.measure,

@@ -29,6 +29,7 @@ if TYPE_CHECKING:
 
 MODELS = {1: "one", 32: "batch"}  # by batchSize
 CLIENTS = (1, 16, 64)
+DEDICATED = "minserve:\n  scheduling: batch\n"
 LATENCY, UNBATCHED, BATCHED = p50(1, 1), rate(16, 1), rate(64, 32)
 TIMES = (LATENCY, p99(1, 1), p50(1, 32))
 RATES = (UNBATCHED, rate(64, 1), rate(16, 32), BATCHED)
@@ -69,18 +70,27 @@ def no_op(run: Run) -> Findings:
 
 def all_reduce(run: Run) -> Findings:
     """The echo handler with an all-reduce of one number."""
+    return _all_reduce(run, "all-reduce, 2 ranks")
+
+
+def all_reduce_dedicated(run: Run) -> Findings:
+    """The same, configured for a machine that has nothing else to do."""
+    return _all_reduce(run, "all-reduce, 2 ranks, scheduling: batch", DEDICATED)
+
+
+def _all_reduce(run: Run, scenario: str, more: str = "") -> Findings:
     with ExitStack() as stack:
-        ups = _start(run, stack, HANDLERS / "all_reduce.py")
+        ups = _start(run, stack, HANDLERS / "all_reduce.py", more)
         gloo = stack.enter_context(gloo_alone(run.workspace))
         loads = {}
         for clients in CLIENTS:
             contestants = {**_contestants(run, ups, clients), GLOO: gloo}
-            loads[clients] = take_turns(run, f"all-reduce, {clients} clients", contestants)
-    return _report("all-reduce, 2 ranks", loads, GLOO, ALL_REDUCE_AIMS)
+            loads[clients] = take_turns(run, f"{scenario}, {clients} clients", contestants)
+    return _report(scenario, loads, GLOO, ALL_REDUCE_AIMS)
 
 
-def _start(run: Run, stack: ExitStack, handler: Path) -> Sequence[Up]:
-    models = [Model(name, (handler,), batch_size=size) for size, name in MODELS.items()]
+def _start(run: Run, stack: ExitStack, handler: Path, more: str = "") -> Sequence[Up]:
+    models = [Model(name, (handler,), batch_size=size, more=more) for size, name in MODELS.items()]
     return list(run.servers(stack, models).values())
 
 

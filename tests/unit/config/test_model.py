@@ -121,6 +121,7 @@ minserve:
   bodies: view
   sharedMemory: 0
   spinMicros: 50
+  scheduling: batch
   predictOn: all
 handler: {model_path: weights, profile: true}
 pippy: {chunks: 1}

@@ -66,6 +66,7 @@ EXAMPLES: list[Message] = [
         2,
         True,
         0.001,
+        True,
     ),
     Batch((REQUEST, RequestMeta("id-2", (), ())), 4, (Shared(0, 1, 2), Shared(3, 4, 5))),
     Step(2**40),
