@@ -248,8 +248,8 @@ class Broadcast:
         """Nobody waits for this batch any more: it is cancelled where that is possible."""
         before = batch.cancelled
         self._streams.govern(batch)
-        if self._limits.any_order and batch.cancelled and not before:
-            self._time.cancelled(batch)
+        if batch.cancelled and not before:
+            (self._time.cancelled if self._limits.any_order else self._time.stepped)(batch)
 
     # ── from a rank ──
 

@@ -42,7 +42,8 @@ class TimeLimits:
         self._on_overdue = on_overdue
         self._alarm = Alarm(clock, self._look)
         self._served = False  # a batch that is no probe is over
-        self._held = False  # a batch waits for its clients, and with it perhaps all others: no limit counts
+        self._waiting: set[int] = set()  # batches that wait for their clients, and with each perhaps all others
+        self._held = False  # for that reason no limit counts
         self._crowded_until = math.inf  # how long it is borne that a link has no room
 
     def stop(self) -> None:
@@ -66,6 +67,7 @@ class TimeLimits:
     def finished(self, batch: Outstanding) -> None:
         """A batch is over, and gone from those under way."""
         self._served = self._served or bool(batch.requests)
+        self._waiting.discard(batch.seq)
         if self._limits.any_order:
             return
         oldest = next(iter(self._outstanding.values()), None)
@@ -79,11 +81,12 @@ class TimeLimits:
         if self._limits.any_order:
             self._set(batch, math.inf if _waits(batch) else self._clock.time() + batch.limit)
         else:
+            (self._waiting.add if _waits(batch) else self._waiting.discard)(batch.seq)
             self._recount(moved=batch is next(iter(self._outstanding.values())))
 
     def _recount(self, *, moved: bool) -> None:
         """The oldest batch has its limit anew if it has `moved` on, or if those that stood still may go on."""
-        held, self._held = self._held, any(map(_waits, self._outstanding.values()))
+        held, self._held = self._held, bool(self._waiting)
         if self._outstanding and (moved or held != self._held):
             oldest = next(iter(self._outstanding.values()))
             self._set(oldest, math.inf if self._held else self._clock.time() + oldest.limit)
