@@ -1,4 +1,7 @@
-"""Bodies from 64 KiB to 16 MiB to 1, 2 and 8 ranks, for one client; answers are small. A copy of 16 MiB takes turns, too."""
+"""Bodies from 64 KiB to 16 MiB to 1, 2 and 8 ranks, for one client; answers are small. A copy of 16 MiB takes turns, too.
+
+Handlers get a bytearray of their own, which is a copy on every rank; 16 MiB also as a view, which is none.
+"""
 
 from __future__ import annotations
 
@@ -22,6 +25,7 @@ SCENARIO = "bodies"
 LARGE = 16 * 2**20
 RANKS = (1, 2, 8)
 MEMCPY = "a memcpy"
+VIEW, VIEWS = "minserve:\n  bodies: view\n", (1, 8)  # what is set, and for groups of how many ranks
 
 
 class Memcpy:
@@ -53,8 +57,9 @@ def measure(run: Run) -> Findings:
     """Every size in turn, all servers up."""
     length = (HANDLERS / "length.py",)
     models = {ranks: Model(f"length-{ranks}", length, ranks=ranks) for ranks in RANKS}
+    views = {ranks: Model(f"view-{ranks}", length, ranks=ranks, more=VIEW) for ranks in VIEWS}
     with ExitStack() as stack:
-        ours = stack.enter_context(run.server(OURS, list(models.values())))
+        ours = stack.enter_context(run.server(OURS, [*models.values(), *views.values()]))
         theirs = None
         with run.forgive(TORCHSERVE):
             theirs = stack.enter_context(run.server(TORCHSERVE, [models[2]]))
@@ -69,27 +74,34 @@ def measure(run: Run) -> Findings:
             if theirs is not None:
                 contestants[TORCHSERVE] = run.clients(theirs, models[2].name, 1, size, answer)
             if size == LARGE:
+                for ranks, model in views.items():
+                    contestants[_view(ranks)] = run.clients(ours, model.name, 1, size, answer)
                 contestants[MEMCPY] = Memcpy()
             found[size] = take_turns(run, f"bodies of {_size(size)}", contestants)
     rows = [row for size, loads in found.items() for row in _rows(size, loads)]
-    large = {**{f"minserve, {ranks}": str(ranks) for ranks in RANKS}, TORCHSERVE: TORCHSERVE, BARE: BARE}
+    ours_by_ranks = [*map(str, RANKS), *map(_view, VIEWS)]
+    large = {**{f"minserve, {key}": key for key in ours_by_ranks}, TORCHSERVE: TORCHSERVE, BARE: BARE}
     samples = {name: _ms(found[LARGE], key) for name, key in large.items()}
     return Findings(rows, [Panel.of("bodies: p50 of 16 MiB, 1 client, by ranks", "ms", samples)])
 
 
 def _rows(size: int, loads: Loads) -> list[Row]:
-    what, large = f"p50, {_size(size)}", size == LARGE
-    rows = [
-        compare(SCENARIO, f"{what}, 8 ranks", "ms", _ms(loads, "8"), "1 rank", _ms(loads, "1"),
-                Aim("≤", 1.3) if large else None, headline=large),
-        compare(SCENARIO, f"{what}, 2 ranks", "ms", _ms(loads, "2"), TORCHSERVE, _ms(loads, TORCHSERVE)),
-        compare(SCENARIO, f"{what}, 2 ranks", "ms", _ms(loads, "2"), BARE, _ms(loads, BARE)),
-    ]  # fmt: skip
-    if large:
-        memcpy = _ms(loads, MEMCPY)
-        rows.append(compare(SCENARIO, f"{what}, 8 ranks", "ms", _ms(loads, "8"), MEMCPY, memcpy, Aim("≤", 3)))
-        rows.append(compare(SCENARIO, f"{what}, 8 ranks", "ms", _ms(loads, "8"), BARE, _ms(loads, BARE)))
+    def row(ours: str, what: str, other: str, key: str, aim: Aim | None = None, *, headline: bool = False) -> Row:
+        named = f"p50, {_size(size)}, {what}"
+        return compare(SCENARIO, named, "ms", _ms(loads, ours), other, _ms(loads, key), aim, headline=headline)
+
+    rows = [row("8", "8 ranks", "1 rank", "1"), row("2", "2 ranks", TORCHSERVE, TORCHSERVE)]
+    rows.append(row("2", "2 ranks", BARE, BARE))
+    if size == LARGE:
+        ours, what = _view(8), "8 ranks, a view"
+        rows.append(row(ours, what, "1 rank, a view", _view(1), Aim("≤", 1.3), headline=True))
+        rows.append(row(ours, what, MEMCPY, MEMCPY, Aim("≤", 3)))
+        rows.append(row(ours, what, BARE, BARE))
     return rows
+
+
+def _view(ranks: int) -> str:
+    return f"{ranks}, a view"
 
 
 def _ms(loads: Loads, key: str) -> list[float]:
