@@ -63,7 +63,9 @@ def test_what_somebody_has_put_in_its_place_holds_up_nothing(file: Path, kind: s
     assert os.path.lexists(file)
 
 
-@pytest.mark.parametrize("text", ["", "-1", "0", "x", "9" * 100, str(2**31), str(os.getpid())])
+@pytest.mark.parametrize(
+    "text", ["", "-1", "0", "x", "9" * 100, str(2**31), pytest.param(str(os.getpid()), id="our own")]
+)
 def test_a_pid_of_no_server_is_none(file: Path, text: str) -> None:
     file.write_text(text)
     assert running_pid() is None
