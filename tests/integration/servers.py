@@ -13,15 +13,24 @@ from minserve.testing import Answer, until
 from minserve.testing.answers import call
 from minserve.testing.running import RunningServer, running_server
 
-__all__ = ["DEMO_MODELS", "MODELS", "Answer", "RunningServer", "call", "gone", "server", "until"]
+__all__ = ["DEMO_MODELS", "GONE_S", "MODELS", "Answer", "RunningServer", "call", "gone", "server", "state_of", "until"]
 
 MODELS = Path(__file__).parent / "models"
 DEMO_MODELS = Path(__file__).parents[2] / "configs" / "models"
+GONE_S = 10.0  # ends take less than two seconds; the machine may be busy with another file's servers
 
 
 def gone(processes: list[psutil.Process]) -> bool:
     """Whether none of them runs any more. A zombie does not run: who its parent is, is not the test's affair."""
-    return not [one for one in processes if one.is_running() and one.status() != psutil.STATUS_ZOMBIE]
+    return all(state_of(one) in (None, psutil.STATUS_ZOMBIE) for one in processes)
+
+
+def state_of(process: psutil.Process) -> str | None:
+    """In what state it is, as psutil calls it; None when it is no more, or goes just while one looks."""
+    try:
+        return process.status() if process.is_running() else None
+    except psutil.NoSuchProcess:
+        return None
 
 
 @contextmanager
@@ -40,6 +49,6 @@ def server(
         yield running
         family = running.family() if running.process.poll() is None else []
         assert running.stop() in (0, -signal.SIGKILL), running.log
-        until(lambda: gone(family), 5.0, "the ranks' end")
+        until(lambda: gone(family), GONE_S, "the ranks' end")
         left = list(running.runtime.glob("minserve-*"))
         assert running.process.returncode or not left, "the runtime directory is left"

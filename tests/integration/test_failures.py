@@ -10,7 +10,7 @@ from collections.abc import Iterator
 import psutil
 import pytest
 
-from tests.integration.servers import MODELS, Answer, RunningServer, gone, server, until
+from tests.integration.servers import GONE_S, MODELS, Answer, RunningServer, gone, server, until
 
 
 @pytest.fixture(scope="module")
@@ -108,7 +108,7 @@ def test_a_failure_out_of_step_names_the_rank_and_restarts_the_worker(
         assert text in answer.message
     assert "Traceback" not in answer.message
     assert answer.headers.get("Retry-After")
-    until(lambda: gone(family), 3.0, "the old ranks' end")
+    until(lambda: gone(family), GONE_S, "the old ranks' end")
     assert_right_again(faulty, restarts + 1)
     error = faulty.workers("faulty")[0]["lastError"]
     assert isinstance(error, str)
@@ -135,7 +135,7 @@ def test_torchrun_killed_under_a_request(faulty: RunningServer) -> None:
     assert answers[0].status == 503
     assert "torchrun" in answers[0].message
     assert "SIGKILL" in answers[0].message
-    until(lambda: not any(psutil.pid_exists(pid) for pid in ranks), 3.0, "the orphans' end")
+    until(lambda: not any(psutil.pid_exists(pid) for pid in ranks), GONE_S, "the orphans' end")
     assert_right_again(faulty, restarts + 1)
 
 
@@ -146,7 +146,7 @@ def test_what_a_rank_has_started_dies_with_it(faulty: RunningServer) -> None:
     children = [child for rank in ranks for child in rank.children()]
     assert len(children) == 2
     faulty.predict("faulty", '{"do": "kill", "ranks": [0]}')
-    until(lambda: gone(children), 3.0, "the grandchildren's end")
+    until(lambda: gone(children), GONE_S, "the grandchildren's end")
     assert_right_again(faulty, restarts + 1)
 
 
@@ -198,13 +198,14 @@ def test_several_workers_share_one_bounded_queue(running: RunningServer) -> None
 
 def test_a_client_that_leaves_leaves_the_queue(running: RunningServer) -> None:
     until(lambda: running.states("slow") == ["READY", "READY"])
-    busy = [threading.Thread(target=lambda: running.predict("slow", "1.5")) for _ in range(2)]
+    busy = [threading.Thread(target=lambda: running.predict("slow", "3")) for _ in range(2)]
     for thread in busy:
         thread.start()
     until(lambda: running.states("slow") == ["BUSY", "BUSY"])
     with pytest.raises(TimeoutError):
         running.predict("slow", "0", timeout=0.3)
-    until(lambda: running.describe("slow")["jobQueueStatus"] == {"remainingCapacity": 3, "pendingRequests": 0}, 1.0)
+    until(lambda: running.describe("slow")["jobQueueStatus"] == {"remainingCapacity": 3, "pendingRequests": 0})
+    assert running.states("slow") == ["BUSY", "BUSY"], "it left before a worker could take it"
     for thread in busy:
         thread.join(10)
 

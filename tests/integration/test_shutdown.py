@@ -23,7 +23,18 @@ from pathlib import Path
 import psutil
 import pytest
 
-from tests.integration.servers import DEMO_MODELS, MODELS, Answer, RunningServer, call, gone, server, until
+from tests.integration.servers import (
+    DEMO_MODELS,
+    GONE_S,
+    MODELS,
+    Answer,
+    RunningServer,
+    call,
+    gone,
+    server,
+    state_of,
+    until,
+)
 
 JSON = {"Content-Type": "application/json"}
 SIGTERM, SIGINT, SIGHUP, SIGKILL = signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGKILL
@@ -68,10 +79,9 @@ def helpers(running: RunningServer) -> list[psutil.Process]:
     return found
 
 
-def ends_within(running: RunningServer, seconds: float) -> None:
-    began = time.monotonic()
-    assert running.process.wait(30) == 0, running.log
-    assert time.monotonic() - began < seconds
+def ends_soon(running: RunningServer) -> None:
+    """Long before the 30 s of a drain are over, though the machine may be busy with another file's servers."""
+    assert running.process.wait(15) == 0, running.log
     assert not list(running.runtime.glob("minserve-*"))
 
 
@@ -81,20 +91,17 @@ def ends_within(running: RunningServer, seconds: float) -> None:
 def test_a_server_that_was_told_to_stop_is_not_ready_and_serves_until_the_delay_is_over(
     single: Path, tmp_path: Path
 ) -> None:
-    (tmp_path / "server.yaml").write_text("shutdown_delay: 1.5\n")
+    (tmp_path / "server.yaml").write_text("shutdown_delay: 3\n")
     with server(single, options=("--config", str(tmp_path / "server.yaml"))) as running:
         url = running.inference
         assert call(f"{url}/readyz").status == 200
         began = time.monotonic()
         running.process.terminate()
-        until(lambda: call(f"{url}/readyz").status == 503, 1)
-        served = 0
-        while time.monotonic() - began < 1:
+        until(lambda: call(f"{url}/readyz").status == 503)
+        for _ in range(5):
             assert running.predict_json("single", {"do": "echo", "text": "still here"}).body == b"still here"
-            served += 1
-        assert served > 2
-        ends_within(running, 5)
-        assert time.monotonic() - began > 1.5
+        ends_soon(running)
+        assert time.monotonic() - began > 3
 
 
 def test_a_second_signal_skips_the_delay_and_still_lets_finish_what_is_in_flight(single: Path, tmp_path: Path) -> None:
@@ -106,7 +113,7 @@ def test_a_second_signal_skips_the_delay_and_still_lets_finish_what_is_in_flight
         running.process.terminate()
         until(lambda: "stopping in 600 s" in running.log)
         running.process.send_signal(SIGINT)
-        ends_within(running, 5)
+        ends_soon(running)
     assert [answer.status for answer in answers] == [200]
 
 
@@ -114,13 +121,14 @@ def test_a_second_signal_skips_the_delay_and_still_lets_finish_what_is_in_flight
 def test_a_second_signal_while_draining_answers_what_is_in_flight_and_ends_at_once(
     single: Path, second: signal.Signals
 ) -> None:
+    (single / "model-config.yaml").write_text("maxBatchDelay: 0\nminserve: {exitTimeout: 30}\n")
     orders = [{"do": "sleep", "seconds": 600}] * 3  # one in flight, two in the queue
     with server(single) as running, asking(running, "single", *orders) as answers:
         running.process.terminate()
         until(lambda: len(answers) == 2, 5)  # refused
         assert "BUSY" in running.states("single") or "DRAINING" in running.states("single")
         running.process.send_signal(second)
-        ends_within(running, 1.5)
+        ends_soon(running)
     assert [answer.status for answer in answers] == [503] * 3
 
 
@@ -131,7 +139,7 @@ def test_a_terminal_that_closes_hurries_nobody(single: Path) -> None:
             for _ in range(3):
                 running.process.send_signal(SIGHUP)
                 time.sleep(0.1)  # each a signal of its own
-            ends_within(running, 20)
+            ends_soon(running)
     finally:
         signal.signal(SIGHUP, before)
     assert [answer.status for answer in answers] == [200]
@@ -180,8 +188,8 @@ def test_signals_in_any_state_end_in_0_and_leave_nothing(state: str, count: int,
         family = running.family()
         for number in (SIGTERM, SIGINT)[:count]:
             running.process.send_signal(number)
-        ends_within(running, 6)
-        until(lambda: gone(family), 2)
+        ends_soon(running)
+        until(lambda: gone(family), GONE_S)
         if reader is not None:
             reader.join(10)
             assert not reader.is_alive(), "a stream that was cut short has an end, too"
@@ -216,7 +224,7 @@ def test_stop_now_does_not_wait_for_the_drain(single: Path) -> None:
     with server(single) as running, asking(running, "single", {"do": "sleep", "seconds": 600}) as answers:
         stopped = minserve("stop", running, "--now")
         assert stopped.stdout == f"minserve: stopped pid {running.process.pid}\n"
-        ends_within(running, 5)
+        ends_soon(running)
     assert [answer.status for answer in answers] == [503]
 
 
@@ -236,12 +244,12 @@ def test_what_a_rank_has_started_goes_with_its_group() -> None:
         first = helpers(running)
         os.kill(running.pids("helpers")[1], SIGKILL)
         running.wait_until_ready("helpers", restarts=1)
-        until(lambda: gone(first), 2, "the end of the first group's helpers")
+        until(lambda: gone(first), GONE_S, "the end of the first group's helpers")
         running.predict_json("helpers", {"do": "helper"})
         until(lambda: len(helpers(running)) == 4)
         second = helpers(running)
         assert running.stop() == 0
-        until(lambda: gone(second), 2, "the end of the second group's helpers")
+        until(lambda: gone(second), GONE_S, "the end of the second group's helpers")
 
 
 def test_one_models_failure_leaves_the_helpers_of_another_alone(single: Path, tmp_path: Path) -> None:
@@ -266,7 +274,7 @@ def test_orphans_that_end_are_reaped(single: Path) -> None:
 
         def zombies() -> list[psutil.Process]:
             children = psutil.Process(running.process.pid).children()
-            return [child for child in children if child.status() == psutil.STATUS_ZOMBIE]
+            return [child for child in children if state_of(child) == psutil.STATUS_ZOMBIE]
 
         until(zombies, 5, "orphans come to the server")
         until(lambda: not zombies(), 10, "and are reaped")
@@ -285,7 +293,7 @@ def test_a_killed_server_leaves_no_process_and_no_file(state: str) -> None:
         assert len({process.pid for process in everything}) >= 8  # agent, ranks, helpers, guardian
         running.process.kill()
         running.process.wait()
-        until(lambda: gone(everything), 2, "the end of all")
+        until(lambda: gone(everything), GONE_S, "the end of all")
         assert not list(running.runtime.glob("minserve-*"))
 
 
@@ -302,8 +310,8 @@ def test_a_server_killed_while_ranks_start_leaves_no_helper(moment: float) -> No
         everything = running.family()
         running.process.kill()
         running.process.wait()
-        until(lambda: gone(everything) and not helpers(running), 2, "the end of all")
-        until(lambda: not list(running.runtime.glob("minserve-*")), 2)
+        until(lambda: gone(everything) and not helpers(running), GONE_S, "the end of all")
+        until(lambda: not list(running.runtime.glob("minserve-*")), GONE_S)
 
 
 def may_unshare() -> bool:

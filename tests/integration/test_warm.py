@@ -14,7 +14,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from tests.integration.servers import MODELS, RunningServer, gone, server, until
+from tests.integration.servers import GONE_S, MODELS, RunningServer, gone, server, until
 
 ALONE = "parallelType: ''\nmaxBatchDelay: 0\n"
 
@@ -110,7 +110,7 @@ def test_a_death_in_a_collective_is_told_alike(running: RunningServer) -> None:
         restarts, family = running.restarts(model), [agent_of(running, model), *agent_of(running, model).children()]
         answer = running.predict(model, "SIGKILL")
         told.append((answer.status, re.sub(r"\d{3,}", "PID", answer.message.replace(model, "MODEL"))))
-        until(lambda: gone(family), 3.0, "the end of all")  # noqa: B023
+        until(lambda: gone(family), GONE_S, "the end of all")  # noqa: B023
         running.wait_until_ready(model, restarts + 1)
     assert told[0] == told[1]
     assert "rank 1 (pid PID)" in told[0][1]
@@ -165,4 +165,4 @@ def test_a_server_killed_just_after_a_fork_leaves_nothing(tmp_path: Path) -> Non
         family += running.family()
         running.process.kill()
         running.process.wait()
-        until(lambda: gone(family), 3.0, "the end of all")
+        until(lambda: gone(family), GONE_S, "the end of all")
