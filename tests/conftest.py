@@ -8,18 +8,26 @@ import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
+import hypothesis
 import pytest
 import uvloop
 
 MOST_PROCESSES = 4  # a file of integration tests starts servers of up to eight ranks
 
+# Another file's servers may have the cores for a while: that an example takes long says nothing.
+hypothesis.settings.register_profile(
+    "beside others", hypothesis.settings(), deadline=None, suppress_health_check=[hypothesis.HealthCheck.too_slow]
+)
+hypothesis.settings.load_profile("beside others")
+
 
 def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
-    """Files are shared out over the cores. A single one, or tests of it, needs no other process (0)."""
-    if (
-        len({argument.split("::")[0] for argument in config.args}) == 1
-        and Path(config.args[0].split("::")[0]).is_file()
-    ):
+    """What `-n auto` means: one more than there are cores, as integration tests wait for half of their time.
+
+    Files are what is shared out: a single one runs in the process that was started (0), and can be debugged there.
+    """
+    files = {argument.partition("::")[0] for argument in config.args}
+    if len(files) == 1 and Path(files.pop()).is_file():
         return 0
     return min(len(os.sched_getaffinity(0)) + 1, MOST_PROCESSES)
 

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 import yaml
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from minserve.config.model import ModelConfig, ParallelType, ReadConfig, json_schema, read_model_config
@@ -528,7 +528,6 @@ VALUES = st.none() | st.booleans() | st.integers(-2, 9) | st.floats(allow_nan=Fa
 SECTION = st.dictionaries(st.sampled_from(["nproc-per-node", "nproc_per_node", "inFlight", "backoff", "x"]), VALUES)
 
 
-@settings(deadline=None)  # a busy machine is no failure
 @given(st.dictionaries(KEYS, VALUES | st.lists(VALUES, max_size=3) | SECTION))
 def test_a_config_or_an_error_whatever_the_values(values: dict[str, object]) -> None:
     document = parse_yaml(yaml.safe_dump(values).encode(), "model-config.yaml")

@@ -2,7 +2,7 @@ from pathlib import Path
 
 import pytest
 import yaml as pyyaml
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from minserve.config.yaml import MAX_BYTES, MAX_VALUES, parse_yaml, read_yaml
@@ -115,7 +115,6 @@ VALUES = st.recursive(
 )
 
 
-@settings(deadline=None)  # a busy machine is no failure
 @given(st.dictionaries(st.text(max_size=6), VALUES, max_size=4))
 def test_reads_what_a_yaml_writer_wrote(values: dict[str, object]) -> None:
     document = parse_yaml(pyyaml.safe_dump(values).encode(), FILE)
@@ -123,7 +122,6 @@ def test_reads_what_a_yaml_writer_wrote(values: dict[str, object]) -> None:
     assert document.data == values
 
 
-@settings(deadline=None)  # a busy machine is no failure
 @given(st.binary(max_size=60) | st.text("ab:[]{}-&*! '\"\n\t#?|>%@`0.", max_size=40).map(str.encode))
 def test_never_raises(content: bytes) -> None:
     document = parse_yaml(content, FILE)

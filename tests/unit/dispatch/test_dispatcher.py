@@ -764,7 +764,7 @@ class Traffic(RuleBasedStateMachine):
 
 
 TestTraffic = Traffic.TestCase
-TestTraffic.settings = hypothesis.settings(max_examples=60, stateful_step_count=40, deadline=None)
+TestTraffic.settings = hypothesis.settings(max_examples=60, stateful_step_count=40)
 
 
 @pytest.mark.asyncio

@@ -302,4 +302,4 @@ class Supervision(RuleBasedStateMachine):
 
 
 TestSupervision = Supervision.TestCase
-TestSupervision.settings = settings(max_examples=150, stateful_step_count=30, deadline=None)
+TestSupervision.settings = settings(max_examples=150, stateful_step_count=30)
