@@ -74,19 +74,33 @@ class Stream:
         Raises:
             MinServeError: the stream broke off.
         """
-        while not self._chunks:
+        taken = await self.take(0)
+        return taken[0] if taken else None
+
+    async def take(self, most: int) -> list[Buffer]:
+        """The next chunk and those that have come behind it, while all of them stay under so many bytes; none at the end.
+
+        Raises:
+            MinServeError: the stream broke off.
+        """
+        chunks = self._chunks
+        while not chunks:
             if self._error is not None:
                 raise self._error
             if self._ended:
-                return None
+                return []
             self._waiter = asyncio.get_running_loop().create_future()
             await self._waiter
+        taken = [chunks.popleft()]
+        size = len(taken[0])
+        while chunks and size + len(chunks[0]) < most:
+            taken.append(chunks.popleft())
+            size += len(taken[-1])
         had_room = self.has_room
-        chunk = self._chunks.popleft()
-        self._waiting -= len(chunk)
+        self._waiting -= size
         if self.has_room and not had_room:
             self._on_change()
-        return chunk
+        return taken
 
     def _wake(self) -> None:
         if self._waiter is not None and not self._waiter.done():

@@ -117,7 +117,9 @@ class Answered(Message):
 
 
 class Piece(Message):
-    """Meta of PIECE, whose body says it all."""
+    """Meta of PIECE: the lengths of the chunks in its body."""
+
+    lengths: tuple[int, ...]
 
 
 class Refused(Message):

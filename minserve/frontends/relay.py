@@ -52,9 +52,10 @@ class Relay:
     async def _run(self) -> None:
         number, channel = self._number, self._channel
         try:
-            while (piece := await self._stream.next()) is not None:
-                channel.send_with_body(Kind.PIECE, number, Piece(), [piece])
-                self._under_way += len(piece)
+            while chunks := await self._stream.take(AHEAD - self._under_way):
+                lengths = tuple(map(len, chunks))
+                channel.send_with_body(Kind.PIECE, number, Piece(lengths), chunks)
+                self._under_way += sum(lengths)
                 while self._under_way >= AHEAD:
                     self._room.clear()
                     await self._room.wait()

@@ -8,10 +8,10 @@ from time import perf_counter
 from typing import TYPE_CHECKING
 
 from minserve.dispatch.request import Reply, Stream
-from minserve.frontends.messages import Allowed, Answered, Ask, Refused, Submit, Taken, ToldError
+from minserve.frontends.messages import Allowed, Answered, Ask, Piece, Refused, Submit, Taken, ToldError
 from minserve.frontends.relay import AHEAD
 from minserve.wire.frames import Kind
-from minserve.wire.messages import unpack
+from minserve.wire.messages import split_body, unpack
 
 if TYPE_CHECKING:
     from minserve.dispatch.request import Request
@@ -103,7 +103,8 @@ class Uplink:
             case Kind.STREAM if number in self._waiting:
                 self._begin_stream(number, unpack(Answered, frame.meta))
             case Kind.PIECE if number in self._streams:
-                self._streams[number].put(frame.body)
+                for chunk in split_body(frame.body, unpack(Piece, frame.meta).lengths):
+                    self._streams[number].put(chunk)
             case Kind.END if number in self._streams:
                 self._streams.pop(number).end()
             case Kind.REFUSED:
@@ -158,15 +159,14 @@ class RelayedStream(Stream):
         self._taken = 0
         self.stall_timeout = stall_timeout
 
-    async def next(self) -> Buffer | None:
-        """See `Stream.next`."""
-        piece = await super().next()
-        if piece is not None:
-            self._taken += len(piece)
-            if self._taken >= AHEAD // 2:  # not with each piece: the server need not hear of every token
-                self._uplink.channel.send(Kind.TAKEN, self._number, Taken(self._taken))
-                self._taken = 0
-        return piece
+    async def take(self, most: int) -> list[Buffer]:
+        """See `Stream.take`."""
+        chunks = await super().take(most)
+        self._taken += sum(map(len, chunks))
+        if self._taken >= AHEAD // 2:  # not with each chunk: the server need not hear of every token
+            self._uplink.channel.send(Kind.TAKEN, self._number, Taken(self._taken))
+            self._taken = 0
+        return chunks
 
     def _changed(self) -> None:
         if self.muted:

@@ -132,6 +132,23 @@ async def test_a_cancelled_next_loses_no_chunk() -> None:
 
 
 @pytest.mark.asyncio
+async def test_what_has_come_is_taken_together_but_not_more_bytes_than_are_wanted() -> None:
+    changes: list[bool] = []
+    stream = Stream(5, lambda: changes.append(stream.has_room))
+    for chunk in (b"1", b"", b"22", b"333", b"4444444", b"5"):
+        stream.put(chunk)
+    assert await stream.take(6) == [b"1", b"", b"22"]
+    assert changes == []
+    assert await stream.take(6) == [b"333"]
+    assert await stream.take(6) == [b"4444444"], "the first one comes in any case"
+    assert changes == [True]
+    stream.end()
+    assert await stream.take(6) == [b"5"]
+    assert await stream.take(6) == []
+    assert changes == [True]
+
+
+@pytest.mark.asyncio
 async def test_several_puts_before_the_reader_wakes_are_all_read() -> None:
     stream = Stream(100, lambda: None)
     reader = asyncio.create_task(drain(stream))

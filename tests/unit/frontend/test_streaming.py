@@ -4,6 +4,7 @@ from typing import cast
 
 import aiohttp
 import pytest
+from aiohttp.http import StreamWriter
 
 from minserve.dispatch.request import Request, Stream
 from minserve.errors import WorkerFailed
@@ -58,6 +59,61 @@ async def test_a_chunk_of_nothing_does_not_end_the_stream(rig: Rig, held: list[R
     async with asyncio.timeout(10), await post as response:
         assert await response.read() == b"onetwo"
         assert "Content-Type" not in response.headers
+
+
+@pytest.mark.parametrize(
+    ("accept", "expected"),
+    [
+        (b"", b"3\r\none\r\n4\r\ntwo\n\r\n1\r\n3\r\n4\r\nlast\r\n0\r\n\r\n"),
+        (
+            b"Accept: text/event-stream\r\n",
+            b"b\r\ndata: one\n\n\r\n12\r\ndata: two\ndata: \n\n\r\n"
+            b"9\r\ndata: 3\n\n\r\nc\r\ndata: last\n\n\r\n0\r\n\r\n",
+        ),
+    ],
+    ids=["bytes", "events"],
+)
+async def test_chunks_that_have_come_together_stay_chunks_of_their_own_and_in_order(
+    rig: Rig, held: list[Request], accept: bytes, expected: bytes
+) -> None:
+    post = asyncio.create_task(rig.raw(POST_CLOSE.replace(b"Host: x\r\n", b"Host: x\r\n" + accept)))
+    await until(lambda: held)
+    for chunk in (b"one", b"", bytearray(b"two\n"), memoryview(b"3")):
+        send(held[0], chunk)
+    end(held[0], b"last")
+    status, _, rest = await post
+    assert (status, rest) == (200, expected)
+
+
+async def test_chunks_that_have_come_together_go_out_with_one_write(
+    rig: Rig, held: list[Request], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    written: list[int] = []
+    plain = StreamWriter.write
+
+    async def write(writer: StreamWriter, chunk: Buffer, **options: bool) -> None:
+        written.append(len(chunk))
+        await plain(writer, chunk, **options)
+
+    monkeypatch.setattr(StreamWriter, "write", write)
+    post = asyncio.create_task(rig.raw(POST_CLOSE))
+    await until(lambda: held)
+    for _ in range(1000):
+        send(held[0], b"x" * 100)
+    end(held[0])
+    assert (await post)[2] == b"64\r\n%b\r\n" % (b"x" * 100) * 1000 + b"0\r\n\r\n"
+    assert max(written) < 2 * STREAM_AHEAD, "no more than a client may have waiting"
+    assert len(written) < 20
+
+
+async def test_chunks_with_an_error_behind_them_come_first(rig: Rig, held: list[Request]) -> None:
+    async with rig.client() as client:
+        client.send(POST)
+        await until(lambda: held)
+        for chunk in (b"one", b"two"):
+            send(held[0], chunk)
+        held[0].fail(WorkerFailed("m/0: rank 1 died"))
+        assert (await client.rest()).endswith(b"\r\n\r\n3\r\none\r\n3\r\ntwo\r\n")
 
 
 async def test_an_http_1_0_client_gets_the_bytes_and_a_closed_connection(rig: Rig, held: list[Request]) -> None:

@@ -11,7 +11,7 @@ import pytest
 from minserve.dispatch.request import Stream
 from minserve.errors import WorkerFailed
 from minserve.frontends.channel import Channel
-from minserve.frontends.messages import Refused, Taken
+from minserve.frontends.messages import Piece, Refused, Taken
 from minserve.frontends.relay import AHEAD, Relay
 from minserve.frontends.uplink import RelayedStream, Uplink
 from minserve.wire.frames import Kind
@@ -35,7 +35,7 @@ class Wire:
         self.sent.append((kind, message))
 
     def send_with_body(self, kind: Kind, number: int, message: Message, bodies: Sequence[Buffer]) -> None:
-        assert kind is Kind.PIECE
+        assert cast("Piece", message).lengths == tuple(map(len, bodies))
         self.bytes += sum(map(len, bodies))
 
     def leave_stream(self, number: int) -> None:
