@@ -174,7 +174,7 @@ class Connection:
         Raises:
             Disconnected: the server has closed the link.
         """
-        if self.replies is not None and any(len(body) >= SHARE_FROM for body in bodies):
+        if self.replies is not None and max(map(len, bodies), default=0) >= SHARE_FROM:
             with self._sending:
                 answers.shared, bodies = self.replies.place(bodies)
         self.send_with_body(kind, answers, bodies, seq)
@@ -192,6 +192,9 @@ class Connection:
             if self._held:
                 pieces, self._held = [*self._held, *pieces], []
             try:
+                if len(pieces) <= MAX_PIECES:
+                    self._send_all(pieces)
+                    return
                 for start in range(0, len(pieces), MAX_PIECES):
                     self._send_all(pieces[start : start + MAX_PIECES])
             except ConnectionError:
@@ -200,6 +203,8 @@ class Connection:
 
     def _send_all(self, pieces: list[Buffer]) -> None:
         sent = self.socket.sendmsg(pieces)
+        if sent == sum(map(len, pieces)):
+            return
         for piece in pieces:
             if sent >= len(piece):
                 sent -= len(piece)

@@ -89,12 +89,12 @@ def encode_answer(value: object, index: int) -> Buffer:
     """
     if isinstance(value, bytes | bytearray):
         return value
-    torch = sys.modules.get("torch")
     try:
         if isinstance(value, str):
             return value.encode("utf-8", "surrogateescape")
         if isinstance(value, memoryview):
             return value.cast("B") if value.c_contiguous and value.nbytes else value.tobytes()
+        torch = sys.modules.get("torch")
         if torch is not None and isinstance(value, torch.Tensor):
             return _save(torch, value)
         return _pretty_json(value)

@@ -107,13 +107,15 @@ class Chunks(ABC):
             Cancelled: every client has left; this step is not taken.
         """
         ids = self._context.request_ids or {}
-        if any(ids.get(index) != request_id for index, request_id in request_ids.items()):
+        if request_ids is not ids and any(ids.get(index) != request_id for index, request_id in request_ids.items()):
             logger.warning("dropped a chunk for requests that are not in this batch: %s", list(request_ids.values()))
             return
 
         def by_index() -> list[object]:
             if not isinstance(chunks, list | tuple) or len(chunks) != len(request_ids):
                 raise Refused(f"an intermediate response needs one chunk for each of {len(request_ids)} requests")
+            if request_ids is ids:  # the whole batch, as nearly always
+                return list(chunks)
             values: list[object] = [None] * self.count
             for index, chunk in zip(request_ids, chunks, strict=True):
                 values[index] = chunk
@@ -148,7 +150,9 @@ class Chunks(ABC):
 
     def _send_step(self, encoded: list[tuple[Answer, Buffer]]) -> None:
         """A step without chunks is told, too: the server grants by what it has seen."""
-        answers = Answers(tuple(answer for answer, _ in encoded), self.step)
+        answers = Answers(
+            tuple([answer for answer, _ in encoded]), self.step
+        )  # a list costs less than a generator here
         self._connection.send_answers(Kind.CHUNK, answers, [body for _, body in encoded], self.seq)
 
 
@@ -195,8 +199,10 @@ class Stream(Chunks):
     def _begin_step(self) -> None:
         # The step is shown before it is waited for: the server cancels only once every rank has been seen to count steps.
         self._slot.stepped(self.seq, self.step + 1)
-        if self.step >= self._granted and not self._inbox.wait_for_grant(self.seq, self.step + 1):
-            raise Cancelled
+        if self.step >= self._granted:
+            if not self._inbox.wait_for_grant(self.seq, self.step + 1):
+                raise Cancelled
+            self._granted = self._inbox.granted(self.seq)
         self.step += 1
 
     def _take_step(self, chunks: Callable[[], list[object]]) -> None:
