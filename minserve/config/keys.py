@@ -166,8 +166,9 @@ class MinServeConfig(_Keys):
     stall_timeout: Seconds = 10.0
     """Seconds that a rank may be stopped, or without a heartbeat, before its worker fails. The heartbeat stands still while
     C code holds the GIL. Not while loading, not in a worker's first batch. Default 10; 0: never."""
-    stream_ahead: Count = 8
-    """Steps of a stream that the ranks may be ahead of what the server has received. Default 8."""
+    stream_ahead: Count | None = None
+    """Steps of a stream that the ranks may be ahead of what the server has received. Default: 8, and up to 64 while steps
+    come faster than the server takes them one by one."""
     stream_buffer: Count = 1024 * 1024
     """Bytes of a stream that wait for one client; with more the ranks pause, all at the same step. Default 1048576."""
     stream_stall_timeout: Timeout = 30.0

@@ -98,6 +98,9 @@ class Broadcast:
         self._memory = memory
         self._seq = 0
         self._outstanding: dict[int, Outstanding] = {}
+        self._stepped: dict[
+            int, int
+        ] = {}  # by seq: where the streams stood before the chunks that are just being taken
         self._fanout = Fanout(clock, links)
         self._ended = False
         self._streams = Streams(links, limits, steps)
@@ -147,7 +150,7 @@ class Broadcast:
     def send(self, requests: list[Request]) -> None:
         """Broadcasts one batch."""
         began = self._meters.now()
-        meta = Batch(tuple([request.meta for request in requests]), self._limits.stream_ahead)
+        meta = Batch(tuple([request.meta for request in requests]), self._streams.first)
         bodies = [body for request in requests for body in request.bodies]
         segments: Sequence[Segment] = ()
         if [request for request in requests if request.segments]:  # a list costs less than a generator here
@@ -183,7 +186,7 @@ class Broadcast:
         """Gives a batch its number and writes it to all links."""
         self._seq += 1
         self._fanout.write(pieces, later=later)
-        batch = Outstanding(self._seq, requests, granted=self._limits.stream_ahead)
+        batch = Outstanding(self._seq, requests, granted=self._streams.first)
         self._time.begin(batch)
         if not self._outstanding:
             self._places.began()
@@ -299,6 +302,7 @@ class Broadcast:
         meta = unpack(Answers, frame.meta)
         if not batch.step < meta.step <= batch.granted:
             raise WireError(f"CHUNK of step {meta.step} behind step {batch.step}, with {batch.granted} granted")
+        self._stepped.setdefault(batch.seq, batch.step)
         batch.step = meta.step
         answers = answers_of(
             batch, meta, frame, self._memory
@@ -309,8 +313,18 @@ class Broadcast:
             batch.on_change = functools.partial(self._clients_changed, batch)
         for answer, body in answers:
             batch.requests[answer.index].chunk(answer, body, self._limits.stream_buffer, batch.on_change)
-        batch.limit = self._limits.response_timeout
-        self._clients_changed(batch)
+
+    def taken(self) -> None:
+        """All that one read of rank 0's link gave has been taken: the streams in it have gone on."""
+        if not self._stepped:
+            return
+        stepped, self._stepped = self._stepped, {}
+        for seq, before in stepped.items():
+            batch = self._outstanding.get(seq)
+            if batch is not None and not batch.failures:
+                batch.burst = batch.step - before
+                batch.limit = self._limits.response_timeout
+                self._clients_changed(batch)
 
     def _clients_changed(self, batch: Outstanding) -> None:
         """A client has more or less to read, or has left: the ranks may go on, or must wait, and the clock with them."""

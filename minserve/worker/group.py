@@ -136,7 +136,7 @@ class RankGroup:
             raise WorkerFailed(text, self._inquest.last_lines(acceptor.missing)) from None
         self._starter.connected(self._who)
         for arrival in arrivals:
-            link = Link(arrival.hello, self._received, self._room, self._inquest.lost)
+            link = Link(arrival.hello, self._received, self._taken, self._room, self._inquest.lost)
             await self._loop.connect_accepted_socket(lambda link=link: link, arrival.socket)  # type: ignore[misc]
             self._arrivals.remove(arrival)
             self._links.append(link)
@@ -349,6 +349,10 @@ class RankGroup:
             raise WireError(f"{frame.kind.name} before every rank has loaded")
         elif not self.failed.done():
             self._broadcast.received(link, frame)
+
+    def _taken(self) -> None:
+        if self._broadcast is not None:
+            self._broadcast.taken()
 
     def _room(self) -> None:
         if self._broadcast is not None:

@@ -27,6 +27,7 @@ class Link(asyncio.BufferedProtocol):
     Args:
         hello: what the rank said of itself.
         on_frame: called with each frame.
+        on_taken: called when all frames that have come together were.
         on_room: called when `has_room` has changed.
         on_lost: called once, with the reason or None for a plain EOF.
     """
@@ -35,6 +36,7 @@ class Link(asyncio.BufferedProtocol):
         self,
         hello: Hello,
         on_frame: Callable[[Link, Frame], None],
+        on_taken: Callable[[], None],
         on_room: Callable[[], None],
         on_lost: Callable[[Link, str | None], None],
     ) -> None:
@@ -45,6 +47,7 @@ class Link(asyncio.BufferedProtocol):
         self._told = False  # that the rank has gone
         self._reader = FrameReader(MAX_REPLY_BYTES, FROM_RANK - {Kind.HELLO})
         self._on_frame = on_frame
+        self._on_taken = on_taken
         self._on_room = on_room
         self._on_lost = on_lost
         self._transport: asyncio.Transport | None = None
@@ -98,6 +101,7 @@ class Link(asyncio.BufferedProtocol):
                 self._on_frame(self, frame)
                 if self.closed:
                     return
+            self._on_taken()
         except WireError as error:
             self._lose(str(error))
 

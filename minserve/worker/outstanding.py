@@ -35,7 +35,7 @@ class Limits:
     Attributes:
         in_flight: None: as many as pay, see `Places`.
         stall_timeout: 0 is never.
-        stream_ahead: steps.
+        stream_ahead: steps; None: as many as pay, see `Streams`.
         stream_buffer: bytes that may wait for one client.
         any_order: the batches of a single rank are worked on beside each other: each has a limit of its own, and what nobody
             waits for any more is cancelled by itself.
@@ -47,7 +47,7 @@ class Limits:
     error_grace: float
     reply_after_all: bool = False
     stall_timeout: float = 0.0
-    stream_ahead: int = 8
+    stream_ahead: int | None = None
     stream_buffer: int = 1024 * 1024
     any_order: bool = False
 
@@ -60,6 +60,7 @@ class Outstanding:
         limit: seconds it may take, or until the next chunk.
         due: when the worker fails for it; never while the ranks wait for a grant.
         granted: the step up to which its stream may go; `step` is the last that rank 0 has sent.
+        burst: steps that came with the last read of rank 0's link.
         failures: what ranks have reported, by rank, and the same as causes.
         doubted_until: when the ranks that have not reported are taken for being elsewhere.
         error: what its clients were told.
@@ -76,6 +77,7 @@ class Outstanding:
     due: float = 0.0
     granted: int = 0
     step: int = 0
+    burst: int = 1
     cancelled: bool = False
     error: str = ""
     on_change: Callable[[], None] | None = None

@@ -17,17 +17,30 @@ if TYPE_CHECKING:
 
     from minserve.worker.outstanding import Limits, Outstanding, RankLink
 
+AHEAD = 8  # steps for each that came with the last read of rank 0's link
+MOST_AHEAD = (
+    64  # to the end of what was granted the ranks go when their clients have left, and steps may have become slow
+)
+
 
 class Streams:
     """Grants the steps of one worker's streams.
 
+    Each grant wakes every rank, which costs more than a quick step, and ranks that have used theirs up wait for the server.
+    So unless the configuration says how many, it goes by the steps that come together: while they take their time each comes
+    alone, and few are granted that would be taken in vain once the clients leave.
+
     Args:
         steps: how many steps a rank has counted in a batch, from the board.
+
+    Attributes:
+        first: how many are granted with the batch.
     """
 
     def __init__(self, links: Sequence[RankLink], limits: Limits, steps: Callable[[int, int], int]) -> None:
         self._links = links
-        self._ahead = limits.stream_ahead
+        self._fixed = limits.stream_ahead
+        self.first = self._fixed or AHEAD
         self._any_order = limits.any_order
         self._steps = steps
 
@@ -41,8 +54,9 @@ class Streams:
             self._tell(Kind.CANCEL, batch, batch.granted)
             return
         room = all(request.stream is None or request.stream.has_room for request in waiting)
-        if room and batch.granted - batch.step <= self._ahead // 2:  # not with each step: a grant wakes every rank
-            batch.granted = batch.step + self._ahead
+        ahead = self._fixed or min(AHEAD * batch.burst, MOST_AHEAD)
+        if room and batch.granted - batch.step <= ahead // 2:  # not with each step
+            batch.granted = batch.step + ahead
             self._tell(Kind.GRANT, batch, batch.granted)
 
     def _may_cancel(self, batch: Outstanding) -> bool:

@@ -123,6 +123,7 @@ class LyingGroup:
             if self.broken:
                 return
             self._check(rank, frame, before)
+        self.broadcast.taken()
 
     def _check(self, rank: int, frame: Frame, before: dict[str, tuple[bool, int]]) -> None:
         after = self._state()

@@ -28,6 +28,7 @@ class Group:
         *,
         reply_after_all: bool = False,
         any_order: bool = False,
+        stream_ahead: int | None = AHEAD,
         memory: Memory | None = None,
     ) -> None:
         self.clock = FakeClock()
@@ -42,7 +43,7 @@ class Group:
         self.steps: dict[int, int] = {}  # by rank: counted in whatever batch is asked for
         limits = Limits(
             *(in_flight, TIMEOUT, FIRST, GRACE, reply_after_all),
-            stream_ahead=AHEAD,
+            stream_ahead=stream_ahead,
             stream_buffer=BUFFER,
             any_order=any_order,
         )
@@ -76,19 +77,28 @@ class Group:
         return requests
 
     def receive(self, rank: int, frame: Frame) -> None:
-        self.broadcast.received(self.links[rank], frame)
+        self.receive_together(rank, frame)
+
+    def receive_together(self, rank: int, *frames: Frame) -> None:
+        """Frames that came with one read."""
+        for frame in frames:
+            self.broadcast.received(self.links[rank], frame)
+        self.broadcast.taken()
 
     def reply(self, seq: int, *bodies: bytes, rank: int = 0, kind: Kind = Kind.REPLY, seconds: float = 0.0) -> None:
-        answers = Answers(tuple(Answer(index, len(body)) for index, body in enumerate(bodies)), seconds=seconds)
-        self.receive(rank, frame_of(pack_with_body(kind, answers, bodies, seq)))
+        self.receive(rank, reply_frame(seq, *bodies, kind=kind, seconds=seconds))
 
     def chunk(self, seq: int, *chunks: tuple[int, bytes], step: int = 0) -> None:
         """The next step of a stream, unless it says which."""
+        self.receive(0, self.chunk_frame(seq, *chunks, step=step))
+
+    def chunk_frame(self, seq: int, *chunks: tuple[int, bytes], step: int = 0) -> Frame:
+        """The frame of it."""
         if self._stream != seq:
             self._stream, self._step = seq, 0
         self._step = step or self._step + 1
         answers = Answers(tuple(Answer(index, len(body)) for index, body in chunks), self._step)
-        self.receive(0, frame_of(pack_with_body(Kind.CHUNK, answers, [body for _, body in chunks], seq)))
+        return frame_of(pack_with_body(Kind.CHUNK, answers, [body for _, body in chunks], seq))
 
     def done(self, rank: int, seq: int) -> None:
         self.receive(rank, frame_of([pack(Kind.DONE, Answers(()), seq)]))
@@ -112,6 +122,11 @@ class Group:
             for rank in range(1, len(self.links)):
                 if self.broadcast.busy:
                     self.done(rank, seq)
+
+
+def reply_frame(seq: int, *bodies: bytes, kind: Kind = Kind.REPLY, seconds: float = 0.0) -> Frame:
+    answers = Answers(tuple(Answer(index, len(body)) for index, body in enumerate(bodies)), seconds=seconds)
+    return frame_of(pack_with_body(kind, answers, bodies, seq))
 
 
 def frame_of(pieces: list[bytes] | list[bytes | bytearray | memoryview]) -> Frame:

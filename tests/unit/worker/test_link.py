@@ -37,9 +37,12 @@ class MockTransport:
 class Setup:
     def __init__(self) -> None:
         self.frames: list[tuple[Kind, int, bytes]] = []
+        self.taken: list[int] = []  # how many frames there were each time
         self.room = 0
         self.lost: list[str | None] = []
-        self.link = Link(HELLO, self._on_frame, self._on_room, lambda _, reason: self.lost.append(reason))
+        self.link = Link(
+            HELLO, self._on_frame, self._on_taken, self._on_room, lambda _, reason: self.lost.append(reason)
+        )
         self.transport = MockTransport()
         self.link.connection_made(self.transport)  # type: ignore[arg-type]
 
@@ -50,6 +53,9 @@ class Setup:
         if frame.seq == 98:
             link.close()
         self.frames.append((frame.kind, frame.seq, bytes(frame.body)))
+
+    def _on_taken(self) -> None:
+        self.taken.append(len(self.frames))
 
     def _on_room(self) -> None:
         self.room += 1
@@ -68,6 +74,16 @@ def test_frames_come_out_however_the_bytes_come_in(step: int) -> None:
     setup.feed(encode(Kind.REPLY, 1, b"m", b"body") + encode(Kind.DONE, 2) + encode(Kind.CHUNK, 3, b"", b"x"), step)
     assert setup.frames == [(Kind.REPLY, 1, b"body"), (Kind.DONE, 2, b""), (Kind.CHUNK, 3, b"x")]
     assert setup.lost == []
+
+
+def test_the_end_of_a_read_is_told_behind_all_its_frames() -> None:
+    setup = Setup()
+    setup.feed(encode(Kind.CHUNK, 1) + encode(Kind.CHUNK, 1) + encode(Kind.CHUNK, 1)[:5])
+    setup.feed(encode(Kind.CHUNK, 1)[5:])
+    assert setup.taken == [2, 3]
+    with_error = Setup()
+    with_error.feed(encode(Kind.CHUNK, 1) + encode(Kind.CHUNK, 99))
+    assert (with_error.taken, len(with_error.lost)) == ([], 1)
 
 
 def test_a_frame_is_written_in_pieces_that_are_not_joined() -> None:

@@ -9,16 +9,16 @@ from tests.unit.worker.specs import make_spec, model_config
 @pytest.mark.parametrize(
     ("options", "limits"),
     [
-        ({}, Limits(None, 10, 50, 2, False, 10, 8, 2**20)),
+        ({}, Limits(None, 10, 50, 2, False, 10, None, 2**20)),
         (
             {"in_flight": 4, "first_batch_timeout": 3.0, "error_grace": 0.5, "reply_after": "all"},
-            Limits(4, 10, 3, 0.5, True, 10, 8, 2**20),
+            Limits(4, 10, 3, 0.5, True, 10, None, 2**20),
         ),
         (
             {"stall_timeout": 0.0, "stream_ahead": 2, "stream_buffer": 100},
             Limits(None, 10, 50, 2, False, 0, 2, 100),
         ),
-        ({"reply_after": "rank0"}, Limits(None, 10, 50, 2, False, 10, 8, 2**20)),
+        ({"reply_after": "rank0"}, Limits(None, 10, 50, 2, False, 10, None, 2**20)),
     ],
 )
 def test_limits_are_the_models_or_follow_from_its_response_timeout(options: dict[str, object], limits: Limits) -> None:

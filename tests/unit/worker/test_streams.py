@@ -1,12 +1,15 @@
 """Streams over a broadcast with in-memory links: four steps are granted ahead, a client may have 100 bytes waiting."""
 
+import itertools
+
 import pytest
 
 from minserve.errors import DeadlineExceeded, HandlerError, WireError
 from minserve.telemetry.events import EventKind
 from minserve.wire.frames import Kind
 from minserve.wire.messages import Batch, unpack
-from tests.unit.worker.broadcasts import AHEAD, BUFFER, TIMEOUT, Group, error_of, failure
+from minserve.worker import streams
+from tests.unit.worker.broadcasts import AHEAD, BUFFER, TIMEOUT, Group, error_of, failure, reply_frame
 
 pytestmark = pytest.mark.asyncio
 
@@ -36,6 +39,57 @@ async def test_while_clients_keep_up_every_rank_is_granted_the_same_steps_ahead_
         granted = group.told(Kind.GRANT)[-1] if group.told(Kind.GRANT) else AHEAD
         assert step < granted <= step + AHEAD
     assert group.told(Kind.GRANT, 0) == group.told(Kind.GRANT, 1) == group.told(Kind.GRANT, 2) == [6, 8, 10, 12]
+
+
+async def take_together(group: Group, steps: int, chunk: bytes = b"c") -> None:
+    """So many steps with one read of rank 0's link."""
+    group.receive_together(0, *[group.chunk_frame(1, (0, chunk)) for _ in range(steps)])
+
+
+@pytest.mark.parametrize("ahead", [AHEAD, None], ids=["fixed", "automatic"])
+async def test_the_steps_of_one_read_bring_one_grant(ahead: int | None) -> None:
+    group = Group(stream_ahead=ahead)
+    group.send(b"x")
+    await take_together(group, 4)
+    assert group.told(Kind.GRANT, 0) == group.told(Kind.GRANT, 1) == [4 + (ahead or 4 * streams.AHEAD)]
+
+
+async def test_unless_told_otherwise_quick_ranks_are_granted_more_steps_ahead_and_slow_ones_few() -> None:
+    group = Group(stream_ahead=None)
+    (request,) = group.send(b"x")
+    assert unpack(Batch, group.links[1].frames[0].meta).grant == streams.AHEAD
+    for steps in (8, 40, 40):
+        await take_together(group, steps)
+    most = streams.MOST_AHEAD
+    assert group.told(Kind.GRANT) == [8 + most, 48 + most, 88 + most]
+    for _ in range(2 * most):
+        await take_together(group, 1)
+        assert request.stream is not None
+        await read(request.stream)
+    granted = group.told(Kind.GRANT)[3:]
+    assert granted[0] == 88 + most + streams.AHEAD // 2, "not before nearly all of the last grant is used"
+    assert {after - before for before, after in itertools.pairwise(granted)} == {streams.AHEAD // 2}
+
+
+async def test_however_quick_the_ranks_are_a_slow_client_holds_them_at_one_step() -> None:
+    group = Group(stream_ahead=None)
+    (request,) = group.send(b"x")
+    await take_together(group, streams.AHEAD, b"c" * BUFFER)
+    assert group.told(Kind.GRANT) == []
+    assert request.stream is not None
+    await read(request.stream, streams.AHEAD)
+    assert group.told(Kind.GRANT, 0) == group.told(Kind.GRANT, 1) == [streams.AHEAD + streams.MOST_AHEAD]
+
+
+async def test_chunks_that_come_together_with_the_end_are_read_in_order() -> None:
+    group = Group()
+    (request,) = group.send(b"x")
+    chunks = [group.chunk_frame(1, (0, b"%d" % number)) for number in range(3)]
+    group.receive_together(0, *chunks, reply_frame(1, b"end"))
+    assert request.stream is not None
+    assert await request.stream.take(100) == [b"0", b"1", b"2", b"end"]
+    assert await request.stream.take(100) == []
+    assert group.told(Kind.GRANT) == [], "nobody takes another step"
 
 
 async def test_a_client_that_reads_nothing_holds_all_ranks_at_one_step_and_the_clock_with_them() -> None:
