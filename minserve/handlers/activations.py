@@ -1,11 +1,11 @@
 """What goes from one pipeline stage to the next: a header of fixed size, then the bytes of each tensor.
 
-Why a header: the receiver has to post a buffer of exactly the right size. gloo lets a message that is shorter than the
-buffer pass and leaves old rows behind it; a longer one aborts the process.
+Why a header: the receiver has to know how much follows. gloo lets a message that is shorter than the buffer pass and leaves
+old rows behind it; a longer one aborts the process.
 
     header   85 int64, the same on every hop, so that its own length always matches:
              magic, seq, run, failed, count, then 8 times (dtype, dimensions, 8 sizes)
-    payload  uint8, one message per tensor that has elements; after a failure one message, its description as JSON
+    payload  bytes, one for each tensor that has elements; after a failure one, its description as JSON
 """
 
 from __future__ import annotations
@@ -57,6 +57,18 @@ class Spec(NamedTuple):
         return math.prod(self.shape) * self.dtype.itemsize
 
 
+class Outgoing(NamedTuple):
+    """A message to be sent.
+
+    Attributes:
+        header: `HEADER_LENGTH` numbers.
+        payloads: of bytes, none of them empty.
+    """
+
+    header: list[int]
+    payloads: list[Tensor]
+
+
 class Header(NamedTuple):
     """What follows the header.
 
@@ -71,13 +83,17 @@ class Header(NamedTuple):
     specs: list[Spec]
 
 
-def pack(tensors: Sequence[Tensor], device: torch.device, ticket: Ticket, failed: bool = False) -> list[Tensor]:
-    """Makes the message for some activations: the header, then copies of their bytes.
-
-    Copies, for the message may still be on its way when the stage works on the next batch, and a stage may return the same
-    memory each time: a buffer that it keeps, what a captured CUDA graph writes to.
+def pack(
+    tensors: Sequence[Tensor], device: torch.device, ticket: Ticket, *, failed: bool = False, copy: bool = True
+) -> Outgoing:
+    """Makes the message for some activations: the header, and their bytes.
 
     Everything that can be wrong with them is found here, before anything is sent.
+
+    Args:
+        device: where the bytes are to lie.
+        copy: for a message that may still be on its way when the stage works on the next batch: a stage may return the same
+            memory each time, a buffer that it keeps, what a captured CUDA graph writes to.
 
     Raises:
         TypeError: not a tensor, not a dense one, or of a dtype that is not in `DTYPES`.
@@ -91,13 +107,11 @@ def pack(tensors: Sequence[Tensor], device: torch.device, ticket: Ticket, failed
         padding = [0] * (MAX_DIMS - tensor.dim())
         numbers += [DTYPES.index(tensor.dtype), tensor.dim(), *tensor.shape, *padding]
     numbers += [0] * (HEADER_LENGTH - len(numbers))
-    header = torch.tensor(numbers, dtype=torch.int64, device=device)
     # As bytes: NCCL has no int16 and, in older versions, no float8.
-    payloads = [_bytes_of(tensor.to(device, copy=True)) for tensor in tensors if tensor.numel()]
-    return [header, *payloads]
+    return Outgoing(numbers, [_bytes_of(tensor.to(device, copy=copy)) for tensor in tensors if tensor.numel()])
 
 
-def pack_failure(failure: StageError, device: torch.device, ticket: Ticket) -> list[Tensor]:
+def pack_failure(failure: StageError, device: torch.device, ticket: Ticket) -> Outgoing:
     """Makes the message that takes the place of the activations after a stage has failed."""
     described = [failure.origin, failure.type_name, failure.text, failure.place, failure.status]
     raw = bytearray(json.dumps(described).encode())
@@ -110,13 +124,13 @@ def unpack_failure(payload: Tensor, needs: tuple[int, ...]) -> StageError:
     return StageError(origin, type_name, text, place, needs, status)
 
 
-def read_header(header: Tensor) -> Header:
-    """Reads a received header; on CUDA this waits for it.
+def read_header(header: Sequence[int]) -> Header:
+    """Reads a received header.
 
     Raises:
         RuntimeError: it is none, so the ranks have lost step.
     """
-    magic, seq, run, failed, count, *numbers = header.tolist()
+    magic, seq, run, failed, count, *numbers = header
     if magic != _MAGIC:
         raise RuntimeError("pipeline out of step: what was received is no header")
     specs = []

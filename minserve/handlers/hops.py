@@ -1,17 +1,16 @@
-"""Messages from one stage to another over a process group: the sender goes on at once, the receiver waits.
+"""A hop: messages from one stage to the next, in their order. The sender goes on at once, the receiver waits.
 
-Of two ranks that talk over a group of two here, one always sends and one always receives: messages stay in order.
+Each rank has one end of two hops: of the one that leads on, and of the one that comes to it. There are two kinds, over the
+process group (group_hops.py) and over a socket between two ranks of one host (socket_hops.py).
 """
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
-import torch
-import torch.distributed as dist
 from torch import Tensor
 
-from minserve.handlers.activations import HEADER_LENGTH, read_header
+from minserve.handlers.activations import Outgoing
 from minserve.rank.turns import Ticket
 
 
@@ -23,32 +22,40 @@ class Message(NamedTuple):
     tensors: tuple[Tensor, ...]
 
 
-class Sending:
-    """A message on its way. It keeps the memory alive that is being sent."""
-
-    def __init__(self, parts: list[Tensor], to: int, group: dist.ProcessGroup) -> None:
-        self._parts = [(part, dist.isend(part, to, group=group)) for part in parts]
+class Sending(Protocol):
+    """A message on its way."""
 
     def wait(self) -> None:
-        """Waits until its memory is read (gloo), or lets this stream wait for that (NCCL)."""
-        for _, work in self._parts:
-            assert work is not None  # it is None in ranks outside of the group
-            work.wait()
+        """Waits until it is out, and with it the memory that it keeps.
+
+        Raises:
+            RuntimeError, torch.distributed.DistError: the hop is broken.
+        """
 
 
-def receive(source: int, group: dist.ProcessGroup, device: torch.device) -> Message:
-    """The next message of a rank. Every buffer is new, so nothing stale shows.
+class Outlet(Protocol):
+    """The end that sends. One thread at a time uses it.
 
-    Raises:
-        RuntimeError, torch.distributed.DistError: the group is broken, or what came is no message.
+    Attributes:
+        copies: it copies what it does not send at once; else what it is given must stay as it is until it is out.
     """
-    numbers = torch.empty(HEADER_LENGTH, dtype=torch.int64, device=device)
-    dist.recv(numbers, source, group=group)
-    header = read_header(numbers)
-    tensors = []
-    for spec in header.specs:
-        payload = torch.empty(spec.nbytes, dtype=torch.uint8, device=device)
-        if spec.nbytes:
-            dist.recv(payload, source, group=group)
-        tensors.append(payload.view(spec.dtype).view(spec.shape))
-    return Message(header.ticket, header.failed, tuple(tensors))
+
+    copies: bool
+
+    def send(self, outgoing: Outgoing) -> Sending:
+        """Sends a message, without waiting for whoever receives it.
+
+        Raises:
+            RuntimeError, torch.distributed.DistError: the hop is broken.
+        """
+
+
+class Inlet(Protocol):
+    """The end that receives. One thread at a time uses it."""
+
+    def receive(self) -> Message:
+        """Waits for the next message. Its tensors are new memory, so nothing stale shows.
+
+        Raises:
+            RuntimeError, torch.distributed.DistError: the hop is broken, or what came is no message.
+        """

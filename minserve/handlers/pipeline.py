@@ -20,18 +20,19 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
-from minserve.handlers.activations import pack, pack_failure, unpack_failure
-from minserve.handlers.hops import Message, Sending, receive
+from minserve.handlers import ring
+from minserve.handlers.activations import Outgoing, pack, pack_failure, unpack_failure
+from minserve.handlers.hops import Message, Sending
 from minserve.handlers.moves import Moves
 from minserve.handlers.settings import take_down_settings
 from minserve.rank import overlap, streaming
-from minserve.rank.failures import StageError, describe, is_collective, issued_collectives, leave_out
+from minserve.rank.failures import StageError, describe, is_collective, issued_collectives
 from minserve.rank.turns import Ticket
 
 Stage = Callable[..., Tensor | Sequence[Tensor]]
 
-# Messages that the next stage may not have taken yet when this one has the following ready: it works on one batch while the
-# one before waits there. More would be memory for nothing.
+# Messages that the next stage (or a socket) may not have taken yet when this one has the following ready: it works on one
+# batch while the one before waits there. More would be memory for nothing.
 MOST_UNTAKEN = 1
 
 
@@ -66,10 +67,7 @@ class Pipeline:
         self._early: dict[Ticket, Message] = {}  # what came for a later batch
         self._untaken: deque[Sending] = deque()
         if group is not None and self.stages > 1:
-            self._forward = group
-            # Results have a group of their own: on NCCL one that is waited for would hold up what is sent behind it.
-            self._back = dist.new_group(self._ranks, use_local_synchronization=True)
-            leave_out(self._back)  # results come while another batch has its turn
+            self._outlet, self._inlet = ring.join(group, device)
             if device.type == "cuda":
                 self._results: torch.cuda.Stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]  # torch has no types for it
             self._offer_overlap(first_stage)
@@ -134,7 +132,7 @@ class Pipeline:
         self, stage: Stage, inputs: tuple[Tensor, ...], ticket: Ticket, in_batch: bool, issued: int
     ) -> tuple[Tensor, ...]:
         carried = self._work(stage, inputs, ticket)
-        sending = Sending(self._message(carried, ticket), self._ranks[1], self._forward)
+        sending = self._outlet.send(self._message(carried, ticket))
         # It takes what comes round even if it has failed itself: a message left behind would be out of step.
         answer = self._await_result(ticket, in_batch, issued)
         sending.wait()  # the result says that it is over
@@ -147,20 +145,19 @@ class Pipeline:
     def _run_later(self, stage: Stage, ticket: Ticket, in_batch: bool) -> None:
         received = self._receive_activations(ticket)
         if received.failed:
-            carried: list[Tensor] | StageError = unpack_failure(received.tensors[0], self._needs)
+            carried: Outgoing | StageError = unpack_failure(received.tensors[0], self._needs)
         else:
             carried = self._work(stage, received.tensors, ticket)
-        to, group = (self._ranks[0], self._back) if self.is_last else (self._ranks[self.stage + 1], self._forward)
-        self._untaken.append(Sending(self._message(carried, ticket), to, group))
+        self._untaken.append(self._outlet.send(self._message(carried, ticket)))
         while len(self._untaken) > (MOST_UNTAKEN if in_batch else 0):
             self._untaken.popleft().wait()
         if isinstance(carried, StageError):
             raise carried
 
-    def _work(self, stage: Stage, inputs: tuple[Tensor, ...], ticket: Ticket) -> list[Tensor] | StageError:
+    def _work(self, stage: Stage, inputs: tuple[Tensor, ...], ticket: Ticket) -> Outgoing | StageError:
         """Runs the stage. An `Exception` becomes the failure to pass on; minserve.Cancelled is none and flies."""
         try:
-            return pack(_as_tuple(stage(*inputs)), self._device, ticket)
+            return pack(_as_tuple(stage(*inputs)), self._device, ticket, copy=not self._outlet.copies)
         except Exception as error:
             if is_collective(error):
                 raise
@@ -174,7 +171,7 @@ class Pipeline:
             described.origin, described.type_name, described.text, described.place, self._needs, described.status
         )
 
-    def _message(self, carried: list[Tensor] | StageError, ticket: Ticket) -> list[Tensor]:
+    def _message(self, carried: Outgoing | StageError, ticket: Ticket) -> Outgoing:
         return pack_failure(carried, self._device, ticket) if isinstance(carried, StageError) else carried
 
     def _receive_activations(self, ticket: Ticket) -> Message:
@@ -184,7 +181,7 @@ class Pipeline:
         front of a further run of this one. Anything else is a rank that has lost step.
         """
         while ticket not in self._early:
-            message = receive(self._ranks[self.stage - 1], self._forward, self._device)
+            message = self._inlet.receive()
             came = message.ticket
             if came != ticket and not (came.seq > ticket.seq and came.run == 1 and ticket.run > 1):
                 raise RuntimeError(f"pipeline out of step: {came} came to stage {self.stage}, awaited: {ticket}")
@@ -207,9 +204,9 @@ class Pipeline:
     def _receive_result(self) -> Message:
         """The next result, of whichever batch. On CUDA in a stream of its own: the others' kernels do not wait for it."""
         if self._device.type != "cuda":
-            return receive(self._ranks[-1], self._back, self._device)
+            return self._inlet.receive()
         with torch.cuda.stream(self._results):
-            message = receive(self._ranks[-1], self._back, self._device)
+            message = self._inlet.receive()
         self._results.synchronize()
         return message
 

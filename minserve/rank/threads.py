@@ -16,7 +16,8 @@ if TYPE_CHECKING:
     from collections.abc import Set
     from types import FrameType
 
-BATCH_THREAD = "minserve-batch"  # the name of the loop's own threads that run batches beside each other
+# The names of minserve's own threads: those that run batches beside each other, and what sends a pipeline's activations.
+BATCH_THREAD, HOP_THREAD = "minserve-batch", "minserve-hop"
 LOOK_S = 0.01
 STILL_LOOKS = 5
 # Where a thread stands that does nothing until another one tells it to: it waits for an event, a queue or a thread's end, or
@@ -65,7 +66,7 @@ def _places(others: Set[threading.Thread]) -> dict[threading.Thread, tuple[Frame
     frames = sys._current_frames()
     places: dict[threading.Thread, tuple[FrameType, int] | None] = {}
     for thread in threading.enumerate():
-        if thread in others or thread.name == BATCH_THREAD:
+        if thread in others or thread.name in (BATCH_THREAD, HOP_THREAD):
             continue
         if thread.ident is None:
             places[thread] = None

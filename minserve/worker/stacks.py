@@ -22,6 +22,12 @@ _THREAD = re.compile(r"^(?:Current thread|Thread) .*$", re.MULTILINE)
 _FRAME = re.compile(r'^  File "(.*)", line (\d+) in (.*)$', re.MULTILINE)
 _INSTALLED = ("/lib/python3", "/site-packages/", "/dist-packages/", "<frozen ")
 _COLLECTIVES = "/torch/distributed/"
+# A pipeline's own waiting for other stages: for what one sends, and until one has taken what this one has sent.
+_HOPS = (
+    ("/minserve/handlers/socket_hops.py", "receive"),
+    ("/minserve/handlers/group_hops.py", "wait"),
+    ("/minserve/handlers/backlog.py", "wait"),
+)
 # Where several batches are under way each has a thread, and one of them has its turn: the others pause, one of them at a
 # collective that nobody holds up.
 _BATCH = ("/minserve/rank/loop.py", "_run_batch")
@@ -36,8 +42,10 @@ class Stack:
 
     @property
     def collective(self) -> bool:
-        """Whether a thread is inside torch.distributed."""
-        return any(_COLLECTIVES in file for frames in self._threads() for file, _, _ in frames)
+        """Whether a thread is inside torch.distributed, or waits for another stage."""
+        threads = self._threads()
+        in_torch = any(_COLLECTIVES in file for frames in threads for file, _, _ in frames)
+        return in_torch or any(_passes(frames, call) for frames in threads for call in _HOPS)
 
     def __str__(self) -> str:
         """Where the batch is, in words: the last place in code that the model's author knows."""

@@ -32,12 +32,12 @@ def ask(running: RunningServer, model: str, nonce: int, **order: object) -> Answ
     return running.predict_json(model, {"nonce": nonce, "shape": SHAPES[nonce % len(SHAPES)], **order})
 
 
-def assert_right(answer: Answer, nonce: int, rounds: int = 1) -> None:
+def assert_right(answer: Answer, nonce: int, rounds: int = 1, shape: list[int] | None = None) -> None:
     expected = float(nonce)
     for _ in range(rounds):
         expected = (expected * 3 + 1) * 3 + 2
     assert answer.status == 200, answer.text
-    assert answer.json == {"nonce": nonce, "values": [expected], "shape": SHAPES[nonce % len(SHAPES)]}
+    assert answer.json == {"nonce": nonce, "values": [expected], "shape": shape or SHAPES[nonce % len(SHAPES)]}
     assert answer.headers["X-Nonce"] == str(nonce)
 
 
@@ -54,15 +54,19 @@ def test_the_first_stage_begins_the_next_request_while_a_later_one_is_at_work(
             assert_right(call.result(), nonce)
 
 
-def test_a_stage_may_return_the_same_memory_for_every_request(stages: RunningServer) -> None:
+@pytest.mark.parametrize(
+    ("rows", "requests"), [(500, 20), (2000, 6)]
+)  # 4 MB; 16 MB, more than a socket ever takes at once
+def test_a_stage_may_return_the_same_memory_for_every_request(stages: RunningServer, rows: int, requests: int) -> None:
     def call(nonce: int) -> object:
-        order = {"nonce": nonce, "shape": [500, 2000], "reuse": True, "sleep": ["stage", 1]}
+        order = {"nonce": nonce, "shape": [rows, 2000], "reuse": True, "sleep": ["stage", 1]}
         return stages.predict_json("stages", order).json
 
     with ThreadPoolExecutor(8) as clients:
-        answers = list(clients.map(call, range(20)))
-    expected = [{"nonce": nonce, "values": [float(nonce * 9 + 5)], "shape": [500, 2000]} for nonce in range(20)]
-    assert answers == expected
+        answers = list(clients.map(call, range(requests)))
+    assert answers == [
+        {"nonce": nonce, "values": [float(nonce * 9 + 5)], "shape": [rows, 2000]} for nonce in range(requests)
+    ]
 
 
 ORDERS: list[dict[str, object]] = [
@@ -104,20 +108,25 @@ def test_collectives_around_the_pipeline_meet_those_of_the_same_request(stages: 
             assert_right(call.result(), nonce)
 
 
-def test_a_rank_that_dies_takes_what_is_in_the_pipeline_along_and_is_named(stages: RunningServer) -> None:
+@pytest.mark.parametrize("rank", [0, 1])
+@pytest.mark.parametrize("shape", [[3], [1000, 2000]])
+def test_a_rank_that_dies_takes_what_is_in_the_pipeline_along_and_is_named(
+    stages: RunningServer, rank: int, shape: list[int]
+) -> None:
     restarts = stages.restarts("stages")
-    pid = stages.pids("stages")[1]
+    pid = stages.pids("stages")[rank]
     with ThreadPoolExecutor(8) as clients:
-        calls = [clients.submit(ask, stages, "stages", nonce, sleep=["stage", 1]) for nonce in range(30)]
+        order = {"sleep": ["stage", 1], "shape": shape}
+        calls = [clients.submit(ask, stages, "stages", nonce, **order) for nonce in range(30)]
         calls[3].result()
         os.kill(pid, signal.SIGKILL)
     failed = 0
     for nonce, call in enumerate(calls):
         answer = call.result()
         if answer.status == 200:
-            assert_right(answer, nonce)
+            assert_right(answer, nonce, shape=shape)
         else:
-            assert f"rank 1 (pid {pid}) was killed by SIGKILL" in answer.message
+            assert f"rank {rank} (pid {pid}) was killed by SIGKILL" in answer.message
             failed += 1
     assert failed
     stages.wait_until_ready("stages", restarts + 1)

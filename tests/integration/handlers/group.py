@@ -24,16 +24,29 @@ _context = multiprocessing.get_context("forkserver")
 _context.set_forkserver_preload(["minserve.handlers.mesh", "minserve.handlers.pipeline", "pytest"])
 
 
-def run_group(tmp_path: Path, world: int, function: Callable[..., Any], *args: Any, timeout: float = 60) -> list[Any]:
+def run_group(
+    tmp_path: Path,
+    world: int,
+    function: Callable[..., Any],
+    *args: Any,
+    timeout: float = 60,
+    one_agent: bool = False,
+) -> list[Any]:
     """Calls `function(rank, *args)` on `world` ranks and returns what they returned, by rank.
 
     Fails with the rank's traceback if one raises, and kills all of them when `timeout` seconds have passed.
+
+    Args:
+        one_agent: the environment is that of ranks which one torchrun has started.
     """
+    environ = {"WORLD_SIZE": str(world), "LOCAL_WORLD_SIZE": str(world)} if one_agent else {}
     deadline = time.monotonic() + timeout
     ranks = []
     for rank in range(world):
         ours, theirs = _context.Pipe(duplex=False)
-        process = _context.Process(target=_rank, args=(theirs, tmp_path / "store", rank, world, function, args))
+        process = _context.Process(
+            target=_rank, args=(theirs, tmp_path / "store", rank, world, environ, function, args)
+        )
         process.start()
         theirs.close()  # so that the death of the rank is an EOF here
         ranks.append((process, ours))
@@ -60,9 +73,15 @@ def _result(rank: int, pipe: Connection, deadline: float) -> Any:
 
 
 def _rank(
-    pipe: Connection, store: Path, rank: int, world: int, function: Callable[..., Any], args: tuple[Any, ...]
+    pipe: Connection,
+    store: Path,
+    rank: int,
+    world: int,
+    environ: dict[str, str],
+    function: Callable[..., Any],
+    args: tuple[Any, ...],
 ) -> None:
-    os.environ["GLOO_SOCKET_IFNAME"] = "lo"
+    os.environ.update(environ, GLOO_SOCKET_IFNAME="lo")
     torch.set_num_threads(1)
     dist.init_process_group(
         "gloo", init_method=f"file://{store}", rank=rank, world_size=world, timeout=timedelta(seconds=30)

@@ -1,5 +1,9 @@
+"""Pipelines on real ranks: over sockets, as under one torchrun, and over the process group, as between hosts."""
+
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +19,14 @@ from minserve.rank.failures import StageError
 from tests.integration.handlers.group import run_group
 
 CPU = torch.device("cpu")
+Ranks = Callable[..., list[Any]]
 SHAPES = [(1, 64), (4, 3), (1, 2, 5), (300, 200), (0, 8), (), (1,)]
+
+
+@pytest.fixture(params=["sockets", "group"])
+def ranks(request: pytest.FixtureRequest, tmp_path: Path) -> Ranks:
+    """`run_group`, with either kind of hops."""
+    return functools.partial(run_group, tmp_path, one_agent=request.param == "sockets")
 
 
 def step(stage: int, x: Tensor) -> Tensor:
@@ -35,8 +46,8 @@ def send_shapes(rank: int) -> list[tuple[Tensor, ...] | None]:
 
 
 @pytest.mark.parametrize("stages", [2, 3, 4])
-def test_any_shape_after_any_other_gives_the_result_of_one_process(tmp_path: Path, stages: int) -> None:
-    first, *others = run_group(tmp_path, stages, send_shapes)
+def test_any_shape_after_any_other_gives_the_result_of_one_process(ranks: Ranks, stages: int) -> None:
+    first, *others = ranks(stages, send_shapes)
     torch.manual_seed(0)
     for shape, (result,) in zip(SHAPES, first, strict=True):
         assert torch.equal(result, through_all(stages, torch.randn(shape)))
@@ -52,8 +63,8 @@ def send_dtypes(rank: int) -> list[tuple[Tensor, ...] | None]:
     return [pipeline.run(lambda *xs: xs, x, x[:0], x[0, 0], torch.ones(5)) for x in some_of_each_dtype()]
 
 
-def test_every_dtype_and_several_tensors_in_a_hop(tmp_path: Path) -> None:
-    first, _ = run_group(tmp_path, 2, send_dtypes)
+def test_every_dtype_and_several_tensors_in_a_hop(ranks: Ranks) -> None:
+    first, _ = ranks(2, send_dtypes)
     for sent, (whole, empty, scalar, other) in zip(some_of_each_dtype(), first, strict=True):
         assert (whole.dtype, whole.shape) == (sent.dtype, sent.shape)
         assert torch.equal(whole.to(torch.complex128), sent.to(torch.complex128))
@@ -82,9 +93,9 @@ def fail_then_work(rank: int, failing: int) -> tuple[Any, ...]:
 
 @pytest.mark.parametrize("failing", [0, 1, 2, 3])
 def test_a_failing_stage_is_heard_by_all_later_ones_and_the_first_and_the_next_batch_is_right(
-    tmp_path: Path, failing: int
+    ranks: Ranks, failing: int
 ) -> None:
-    outcomes = run_group(tmp_path, 4, fail_then_work, failing)
+    outcomes = ranks(4, fail_then_work, failing)
     for rank, (failed, worked, failed_again, worked_again) in enumerate(outcomes):
         if 0 < rank < failing:
             assert failed is None
@@ -116,9 +127,9 @@ def return_what_cannot_be_sent(rank: int, failing: int) -> list[str]:
 
 
 @pytest.mark.parametrize("failing", [0, 1])
-def test_what_cannot_be_sent_is_a_failure_of_its_stage(tmp_path: Path, failing: int) -> None:
+def test_what_cannot_be_sent_is_a_failure_of_its_stage(ranks: Ranks, failing: int) -> None:
     expected = ["TypeError", "ValueError", "ValueError", "TypeError", "TypeError", "TypeError"]
-    assert run_group(tmp_path, 2, return_what_cannot_be_sent, failing) == [expected, expected]
+    assert ranks(2, return_what_cannot_be_sent, failing) == [expected, expected]
 
 
 class Stop(BaseException):
@@ -139,8 +150,8 @@ def stop_in_the_last_stage(rank: int) -> str:
     return "nothing"
 
 
-def test_neither_a_base_exception_nor_a_broken_group_becomes_a_stage_error(tmp_path: Path) -> None:
-    broken, stopped = run_group(tmp_path, 2, stop_in_the_last_stage)
+def test_neither_a_base_exception_nor_a_broken_group_becomes_a_stage_error(ranks: Ranks) -> None:
+    broken, stopped = ranks(2, stop_in_the_last_stage)
     assert stopped == "Stop"
     assert broken in ("RuntimeError", "DistBackendError", "DistNetworkError")
 
@@ -161,13 +172,39 @@ def send_in_columns(rank: int) -> tuple[Any, ...]:
     return result, failure
 
 
-def test_in_a_mesh_each_column_returns_to_its_own_first_stage(tmp_path: Path) -> None:
-    outcomes = run_group(tmp_path, 4, send_in_columns)
+def test_in_a_mesh_each_column_returns_to_its_own_first_stage(ranks: Ranks) -> None:
+    outcomes = ranks(4, send_in_columns)
     for column in (0, 1):
         result, text, origin, needs = outcomes[column]
         assert torch.equal(result[0], through_all(2, torch.ones(3) * column))
         assert (text, origin, needs) == (f"column {column}", 2 + column, (0, 1))
         assert outcomes[2 + column] == (None, f"column {column}", 2 + column, (0, 1))
+
+
+def send_large(rank: int) -> list[Any]:
+    """Several times what a socket takes at once; the stages return the same memory each time."""
+    pipeline = Pipeline(CPU)
+    kept = torch.empty(5_000_000)
+    sizes = []
+    for number in range(4):
+        x = torch.full((kept.numel() >> number,), float(number))
+        result = pipeline.run(lambda x: torch.add(x, 1, out=kept[: x.numel()]), x)
+        sizes.append(None if result is None else (result[0].numel(), torch.equal(result[0], x + 3)))
+    return sizes
+
+
+def test_activations_larger_than_a_sockets_buffer(ranks: Ranks) -> None:
+    assert ranks(3, send_large)[0] == [(5_000_000 >> number, True) for number in range(4)]
+
+
+def name_ends(rank: int) -> list[str]:
+    pipeline = Pipeline(CPU)
+    return [type(end).__name__ for end in (pipeline._outlet, pipeline._inlet)]
+
+
+@pytest.mark.parametrize(("one_agent", "kind"), [(True, "Socket"), (False, "Group")])
+def test_sockets_are_for_ranks_that_one_agent_has_started(tmp_path: Path, one_agent: bool, kind: str) -> None:
+    assert run_group(tmp_path, 2, name_ends, one_agent=one_agent) == [[f"{kind}Outlet", f"{kind}Inlet"]] * 2
 
 
 def build_bad_mesh(rank: int) -> str:
@@ -178,5 +215,5 @@ def build_bad_mesh(rank: int) -> str:
     return str(Pipeline(CPU).share(5))
 
 
-def test_impossible_splits_are_refused(tmp_path: Path) -> None:
-    assert run_group(tmp_path, 2, build_bad_mesh) == ["range(0, 2)", "range(2, 5)"]
+def test_impossible_splits_are_refused(ranks: Ranks) -> None:
+    assert ranks(2, build_bad_mesh) == ["range(0, 2)", "range(2, 5)"]

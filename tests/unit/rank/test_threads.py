@@ -160,6 +160,21 @@ def test_a_thread_that_waits_for_its_own_grant_is_waited_for(looks: Looks) -> No
     assert reader.result().seq == 2
 
 
+@pytest.mark.parametrize("name", [threads.BATCH_THREAD, threads.HOP_THREAD])
+def test_minserves_own_are_not_waited_for(looks: Looks, closed: threading.Lock, name: str) -> None:
+    def work() -> None:
+        with closed:
+            pass
+
+    others = threads.alive()
+    thread = threading.Thread(target=work, name=name, daemon=True)
+    thread.start()
+    threads.wait_for_end(others)
+    assert looks.count == 0
+    closed.release()
+    thread.join(DEADLINE_S)
+
+
 @pytest.mark.parametrize("waiting", ["for an item", "for an event", "for room", "for a thread"])
 def test_a_thread_that_waits_for_another_is_not_waited_for(looks: Looks, waiting: str) -> None:
     items, full, event = queue.Queue[int](), queue.Queue[int](maxsize=1), threading.Event()

@@ -91,6 +91,21 @@ def test_a_thread_of_the_handlers_own_may_be_the_one_in_the_collective(thread: i
     assert Stack("\n".join(parts)).collective
 
 
+@pytest.mark.parametrize(
+    ("file", "function", "waits"),
+    [
+        ("socket_hops.py", "receive", True),
+        ("group_hops.py", "wait", True),
+        ("backlog.py", "wait", True),
+        ("backlog.py", "_work", False),  # sends on while the stage works
+        ("pipeline.py", "_work", False),  # runs the stage
+    ],
+)
+def test_a_rank_that_waits_for_another_stage_is_as_one_in_a_collective(file: str, function: str, waits: bool) -> None:
+    frames = f'  File "/x/minserve/handlers/{file}", line 9 in {function}\n  File "/m/handler.py", line 7 in inference'
+    assert Stack(f"Thread 0x1 (most recent call first):\n{frames}").collective == waits
+
+
 PAUSED = """Thread 0x1 (most recent call first):
   File "/x/site-packages/torch/distributed/distributed_c10d.py", line 9 in recv
   File "/x/minserve/rank/turns.py", line 9 in _receive
