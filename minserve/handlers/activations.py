@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from minserve.rank.failures import StageError
-from minserve.rank.turns import Ticket
+from minserve.rank.order import Ticket
 
 MAX_TENSORS = 8
 MAX_DIMS = 8
@@ -43,6 +43,8 @@ DTYPES = (
     torch.float8_e4m3fn,
     torch.float8_e5m2,
 )
+_NUMBERS = {dtype: number for number, dtype in enumerate(DTYPES)}
+_PADDING = (0,) * MAX_DIMS
 
 
 class Spec(NamedTuple):
@@ -104,8 +106,8 @@ def pack(
     numbers = [_MAGIC, *ticket, int(failed), len(tensors)]
     for tensor in tensors:
         _check(tensor)
-        padding = [0] * (MAX_DIMS - tensor.dim())
-        numbers += [DTYPES.index(tensor.dtype), tensor.dim(), *tensor.shape, *padding]
+        dims = tensor.dim()
+        numbers += [_NUMBERS[tensor.dtype], dims, *tensor.shape, *_PADDING[dims:]]
     numbers += [0] * (HEADER_LENGTH - len(numbers))
     # As bytes: NCCL has no int16 and, in older versions, no float8.
     return Outgoing(numbers, [_bytes_of(tensor.to(device, copy=copy)) for tensor in tensors if tensor.numel()])
@@ -143,7 +145,7 @@ def read_header(header: Sequence[int]) -> Header:
 def _check(tensor: Tensor) -> None:
     if not isinstance(tensor, Tensor):
         raise TypeError(f"a stage must return tensors, not {type(tensor).__name__}")
-    if tensor.dtype not in DTYPES or tensor.layout != torch.strided:
+    if tensor.dtype not in _NUMBERS or tensor.layout != torch.strided:
         raise TypeError(f"a stage cannot pass on a tensor of {tensor.dtype}, {tensor.layout}")
     if tensor.dim() > MAX_DIMS:
         raise ValueError(f"a stage passed on a tensor of {tensor.dim()} dimensions; at most {MAX_DIMS} fit")

@@ -19,14 +19,14 @@ def lost(peer: str) -> dist.DistNetworkError:
     return dist.DistNetworkError(f"the connection to {peer} is closed: it has ended, or left the pipeline")
 
 
-def send_some(connection: socket.socket, pieces: Sequence[Tensor], flags: int = 0) -> list[Tensor]:
-    """Sends tensors of bytes, none of them empty, in one system call. Returns what the socket has not taken."""
-    taken = connection.sendmsg(map(memory_of, pieces), (), flags | socket.MSG_NOSIGNAL)
+def behind(pieces: Sequence[Tensor], taken: int) -> list[Tensor]:
+    """What follows the first so many bytes."""
     rest = []
     for piece in pieces:
-        if taken < len(piece):
+        length = piece.numel()
+        if taken < length:
             rest.append(piece[taken:])
-        taken = max(0, taken - len(piece))
+        taken = max(0, taken - length)
     return rest
 
 
@@ -51,7 +51,7 @@ class Backlog:
         return bool(self._rests)
 
     def add(self, pieces: list[Tensor]) -> Rest:
-        """Sends these behind what is on its way. They must stay as they are."""
+        """Sends these bytes behind what is on its way. They must stay as they are."""
         with self._changed:
             rest = Rest(self, pieces)
             self._rests.append(rest)
@@ -75,7 +75,8 @@ class Backlog:
             rest = self._rests[0]
             try:
                 while rest.pieces:
-                    rest.pieces = send_some(self._connection, rest.pieces)
+                    taken = self._connection.sendmsg(map(memory_of, rest.pieces), (), socket.MSG_NOSIGNAL)
+                    rest.pieces = behind(rest.pieces, taken)
             except Exception as error:
                 self._error = error
             with self._changed:

@@ -55,6 +55,8 @@ class GroupInlet:
         device: where activations arrive.
     """
 
+    ready = None
+
     def __init__(self, source: int, group: dist.ProcessGroup, device: torch.device) -> None:
         self._source = source
         self._group = group

@@ -6,12 +6,13 @@ process group (group_hops.py) and over a socket between two ranks of one host (s
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import NamedTuple, Protocol
 
 from torch import Tensor
 
 from minserve.handlers.activations import Outgoing
-from minserve.rank.turns import Ticket
+from minserve.rank.order import Ticket
 
 
 class Message(NamedTuple):
@@ -52,6 +53,10 @@ class Outlet(Protocol):
 
 class Inlet(Protocol):
     """The end that receives. One thread at a time uses it."""
+
+    @property
+    def ready(self) -> Callable[[], bool] | None:
+        """Tells whether a message has begun to come; None: that cannot be told."""
 
     def receive(self) -> Message:
         """Waits for the next message. Its tensors are new memory, so nothing stale shows.

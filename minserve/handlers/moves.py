@@ -9,7 +9,7 @@ import torch
 import torch.distributed as dist
 
 from minserve.rank.failures import leave_out
-from minserve.rank.turns import Move
+from minserve.rank.order import Move
 
 MOST_UNHEARD = 16  # moves; a rank that is further behind is waited for
 

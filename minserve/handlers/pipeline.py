@@ -27,7 +27,7 @@ from minserve.handlers.moves import Moves
 from minserve.handlers.settings import take_down_settings
 from minserve.rank import overlap, streaming
 from minserve.rank.failures import StageError, describe, is_collective, issued_collectives
-from minserve.rank.turns import Ticket
+from minserve.rank.order import Ticket
 
 Stage = Callable[..., Tensor | Sequence[Tensor]]
 
@@ -191,7 +191,8 @@ class Pipeline:
     def _await_result(self, ticket: Ticket, in_batch: bool, issued: int) -> Message:
         loop = overlap.active() if in_batch else None
         receive_one = self._receive_result
-        message = receive_one() if loop is None else loop.await_result(ticket, issued, receive_one)
+        ready = self._inlet.ready
+        message = receive_one() if loop is None else loop.await_result(ticket, issued, receive_one, ready)
         if message.ticket != ticket:
             raise RuntimeError(f"pipeline out of step: the result of {message.ticket} came, awaited: {ticket}")
         if (

@@ -8,15 +8,17 @@ one process. One sendmsg for the whole message costs 0.15 ms.
 from __future__ import annotations
 
 import contextlib
+import select
 import socket
 import struct
 
 import torch
 
 from minserve.handlers.activations import HEADER_LENGTH, Outgoing, read_header
-from minserve.handlers.backlog import Backlog, lost, send_some
+from minserve.handlers.backlog import Backlog, behind, lost
 from minserve.handlers.hops import Message, Sending
 from minserve.handlers.tensor_memory import memory_of
+from minserve.wire.messages import Buffer
 
 _HEADER = struct.Struct(f"{HEADER_LENGTH}q")  # native: both ends are on one machine
 
@@ -39,23 +41,27 @@ class SocketOutlet:
 
     def send(self, outgoing: Outgoing) -> Sending:
         """See `Outlet`."""
-        rest = [torch.frombuffer(bytearray(_HEADER.pack(*outgoing.header)), dtype=torch.uint8), *outgoing.payloads]
-        if not self._backlog.busy:
-            try:
-                while rest:
-                    rest = send_some(self._connection, rest, socket.MSG_DONTWAIT)
-            except BlockingIOError:
-                pass
-            except OSError as error:
-                raise lost(self._peer) from error
-        if not rest:
+        header = _HEADER.pack(*outgoing.header)
+        pieces: list[Buffer] = [header, *map(memory_of, outgoing.payloads)]
+        taken = 0 if self._backlog.busy else self._send_now(pieces)
+        if taken == sum(map(len, pieces)):
             return _OUT
         try:
-            return self._backlog.add([piece.clone() for piece in rest])
+            whole = [torch.frombuffer(bytearray(header), dtype=torch.uint8), *outgoing.payloads]
+            return self._backlog.add([piece.clone() for piece in behind(whole, taken)])
         except BaseException:  # no memory: there is half a message out that never gets its end
             with contextlib.suppress(OSError):
                 self._connection.shutdown(socket.SHUT_RDWR)
             raise
+
+    def _send_now(self, pieces: list[Buffer]) -> int:
+        """Sends as many bytes as the socket takes at once, and returns their number."""
+        try:
+            return self._connection.sendmsg(pieces, (), socket.MSG_DONTWAIT | socket.MSG_NOSIGNAL)
+        except BlockingIOError:
+            return 0
+        except OSError as error:
+            raise lost(self._peer) from error
 
 
 class _Out:
@@ -81,6 +87,12 @@ class SocketInlet:
         self._connection = connection
         self._peer = peer
         self._header = bytearray(_HEADER.size)
+
+    def ready(self) -> bool:
+        """See `Inlet`. Also true when the other end has gone, which `receive` will tell."""
+        poll = select.poll()
+        poll.register(self._connection, select.POLLIN)
+        return bool(poll.poll(0))
 
     def receive(self) -> Message:
         """See `Inlet`."""

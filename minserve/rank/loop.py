@@ -264,7 +264,7 @@ class Rank:
 
 def collect(answers: object, stream: Stream) -> object:
     """What a call of `handle` comes to: a coroutine is run, what a generator yields is sent."""
-    if isinstance(answers, list):
+    if isinstance(answers, list) or answers is None:  # at once what is the rule, and on all ranks but the first
         return answers
     answers = coroutines.complete(answers)
     if inspect.isasyncgen(answers):

@@ -1,7 +1,7 @@
 """Several batches under way on a rank: the first stage of a pipeline begins the next one while the later stages work.
 
 Each batch runs on a thread of its own, which waits inside `Pipeline.run` for its result; `Turns` lets one of them at a time
-run the handler's code. The thread that has read a batch runs it, and another one reads on.
+run the handler's code. A thread that has none takes up the next batch.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from minserve.rank.context import Context
     from minserve.rank.inbox import Inbox
     from minserve.rank.loading import Handler
-    from minserve.rank.turns import Move, R, Ticket
+    from minserve.rank.order import Move, R, Ticket
     from minserve.wire.board import Slot
     from minserve.wire.frames import Frame
 
@@ -113,11 +113,10 @@ class Overlap:
         self._plan = plan
         self._run = run
         self._turns = Turns(plan.tell, follows=plan.hear is not None)
-        self._turns.alone = True  # the first batch shows how the handler works, and may compile
+        self._turns.set_alone(True)  # the first batch shows how the handler works, and may compile
         self._alone_because = ""
-        self._reading = threading.Lock()
         self._last_seq = 0
-        self._stopping = False
+        self._frames: dict[int, Frame] = {}  # of batches that have not started
         self._current: _UnderWay | None = None  # whose turn it is
         self._finishing = threading.Lock()
         self._finished = 0
@@ -136,7 +135,7 @@ class Overlap:
         global _active
         _active = self
         settle_in = self._plan.settings()
-        for _ in range(self._plan.batches + 1):  # one reads while all places are taken
+        for _ in range(self._plan.batches + 1):  # one reads while all places are taken: the server may want to stop
             threading.Thread(target=self._work, args=(settle_in,), name=BATCH_THREAD, daemon=True).start()
         if self._plan.hear is not None:
             threading.Thread(target=self._follow, args=(self._plan.hear,), name="minserve-moves", daemon=True).start()
@@ -148,8 +147,8 @@ class Overlap:
     def _work(self, settle_in: Callable[[], None]) -> None:
         try:
             settle_in()
-            while (frame := self._next_batch()) is not None:
-                self._take_up(frame)
+            while seq := self._turns.begin(self._read):
+                self._take_up(self._frames.pop(seq))
         except BaseException as error:
             self._turns.abort(error)
 
@@ -158,35 +157,30 @@ class Overlap:
             while self._turns.wait_for_move():
                 self._turns.hear(hear())
         except Exception as error:
-            self._turns.fail(error)
+            self._turns.give_up(error)
 
-    def _next_batch(self) -> Frame | None:
-        """The next batch; None after SHUTDOWN."""
-        with self._reading:
-            while not self._stopping:
-                frame = self._inbox.next()
-                if frame.kind is Kind.BATCH:
-                    if frame.seq != self._last_seq + 1:
-                        raise OutOfOrder(f"got batch {frame.seq} after batch {self._last_seq}")
-                    self._last_seq = frame.seq
-                    self._turns.announce(frame.seq, apart=bool(frame.flags & PROBE))
-                    return frame
-                if frame.kind is Kind.SHUTDOWN:
-                    self._stopping = True
-                    self._turns.stop()
-        return None
+    def _read(self) -> None:
+        """Waits for the next batch, or for SHUTDOWN."""
+        frame = self._inbox.next()
+        if frame.kind is Kind.BATCH:
+            if frame.seq != self._last_seq + 1:
+                raise OutOfOrder(f"got batch {frame.seq} after batch {self._last_seq}")
+            self._last_seq = frame.seq
+            self._frames[frame.seq] = frame
+            self._turns.announce(frame.seq, apart=bool(frame.flags & PROBE))
+        elif frame.kind is Kind.SHUTDOWN:
+            self._turns.stop()
 
     # ── a batch ──
 
     def _take_up(self, frame: Frame) -> None:
-        self._turns.start(frame.seq)
         self._slot.received(frame.seq)
         batch = _UnderWay(frame.seq, BatchContext(self._context), Scratch(self._owners))
         self._current = batch
         self._run(frame, batch.context)
         if self._current is batch:  # else it has failed, and given its turn up
             if not frame.flags & PROBE:
-                self._turns.alone = bool(self._alone_because)
+                self._turns.set_alone(bool(self._alone_because))
             self._give_up(batch)
             self._turns.end(frame.seq)
         self._finish(frame.seq)
@@ -214,7 +208,7 @@ class Overlap:
         """The batch whose turn it is has failed, and the server knows. Returns when every rank is known to have left it."""
         assert self._current is not None
         self._give_up(self._current)
-        self._turns.end(seq, failed=True)
+        self._turns.fail(seq)
         self._inbox.wait_for_continue(seq)
         self._turns.settle(seq)
 
@@ -225,13 +219,15 @@ class Overlap:
 
     # ── in `Pipeline.run` ──
 
-    def await_result(self, ticket: Ticket, issued: int, receive: Callable[[], R]) -> R:
+    def await_result(
+        self, ticket: Ticket, issued: int, receive: Callable[[], R], ready: Callable[[], bool] | None = None
+    ) -> R:
         """The result of a run of the pipeline in the batch whose turn it is. Meanwhile others have their turns.
 
         Args:
             ticket: of the run.
             issued: collectives until it began.
-            receive: see `Turns.pause`.
+            receive, ready: see `Turns.pause`.
         """
         batch = self._current
         assert batch is not None
@@ -245,7 +241,7 @@ class Overlap:
         batch.scratch.put_aside()
         self._current = None
         try:
-            return self._turns.pause(ticket, receive)
+            return self._turns.pause(ticket, receive, ready)
         finally:
             self._current = batch
             batch.context.show()
@@ -283,7 +279,7 @@ class Overlap:
         if not self._alone_because:
             logger.info("one batch at a time, the stages do not overlap: %s", reason)
             self._alone_because = reason
-            self._turns.alone = True
+            self._turns.set_alone(True)
 
 
 def _where_none_can_pause(thread: threading.Thread) -> str:

@@ -15,7 +15,7 @@ from minserve.handlers.activations import (
     unpack_failure,
 )
 from minserve.rank.failures import StageError
-from minserve.rank.turns import Ticket
+from minserve.rank.order import Ticket
 
 CPU = torch.device("cpu")
 TICKET = Ticket(7, 2)

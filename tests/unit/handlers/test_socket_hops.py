@@ -13,8 +13,8 @@ from minserve.handlers.activations import DTYPES, HEADER_LENGTH, Outgoing, pack
 from minserve.handlers.hops import Message
 from minserve.handlers.socket_hops import SocketInlet, SocketOutlet
 from minserve.rank.failures import is_collective
+from minserve.rank.order import Ticket
 from minserve.rank.threads import HOP_THREAD
-from minserve.rank.turns import Ticket
 from tests.unit.handlers.wire import Wire
 from tests.unit.rank.rig import Running
 
@@ -72,17 +72,6 @@ def test_what_is_not_taken_at_once_goes_on_while_the_memory_is_used_again(room: 
     ticket, _, (first, second) = received(wire)
     assert (ticket.seq, first.tolist(), second.tolist()) == (1, list(range(1000)), [1, 1, 1])
     assert not wire.taken
-
-
-def test_what_is_taken_in_two_pieces_needs_no_thread() -> None:
-    class Halves(Wire):
-        def sendmsg(self, *arguments: object) -> int:
-            self.room = 500
-            return super().sendmsg(*arguments)  # type: ignore[arg-type]
-
-    wire = Halves()
-    outlet(wire).send(message(1, torch.arange(1000))).wait()
-    assert received(wire).tensors[0].tolist() == list(range(1000))
 
 
 def test_later_messages_queue_behind_one_that_waits_and_the_thread_ends_with_the_last() -> None:

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from minserve.rank import overlap
-from minserve.rank.turns import Ticket
+from minserve.rank.order import Ticket
 from minserve.wire.frames import Kind
 from minserve.wire.messages import Failure, Loaded, unpack
 from tests.unit.rank.rig import SHUTDOWN, Peer, batch, probe, resume, words
@@ -20,7 +20,7 @@ from tests.unit.rank.rig import SHUTDOWN, Peer, batch, probe, resume, words
 PIPELINE = """
     import minserve, queue, threading
     from minserve.rank import overlap, streaming
-    from minserve.rank.turns import Ticket
+    from minserve.rank.order import Ticket
     from tests.unit.rank.test_overlap import LINE, Came, settle_in
     overlap.offer(overlap.Plan(3, True, lambda: settle_in))
     def run(value, issued=0):

@@ -2,13 +2,15 @@ from __future__ import annotations
 
 import functools
 import queue
-import threading
+import time
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import pytest
 
-from minserve.rank.turns import Move, Ticket, Turns
-from tests.unit.rank.rig import Running
+from minserve.rank.order import Move, Ticket
+from minserve.rank.turns import Turns
+from tests.unit.rank.rig import DEADLINE_S, Running
 
 
 @dataclass
@@ -33,16 +35,35 @@ class Line:
             raise result
         return result
 
+    def ready(self) -> bool:
+        return not self._results.empty()
+
 
 def result(seq: int, run: int = 1) -> Result:
     return Result(Ticket(seq, run), f"result {run} of {seq}")
 
 
+def reached(turns: Turns, arrived: Callable[[], bool]) -> None:
+    """Waits until the other threads have come so far."""
+    deadline = time.monotonic() + DEADLINE_S
+    while True:
+        with turns._lock:
+            if arrived():
+                return
+        assert time.monotonic() < deadline, "it is not reached"
+        time.sleep(0)  # lets them
+
+
+def no_more() -> None:
+    """In place of reading a batch: there is one already, or none may start."""
+    raise AssertionError("it reads")
+
+
 def started(turns: Turns, *seqs: int) -> None:
-    """These batches are under way; the last one has its turn, the others pause for results that come later."""
+    """These batches have started, one after the other."""
     for seq in seqs:
         turns.announce(seq)
-        turns.start(seq)
+        assert turns.begin(no_more) == seq
 
 
 def paused(turns: Turns, line: Line, *seqs: int) -> list[Running[Result]]:
@@ -51,21 +72,76 @@ def paused(turns: Turns, line: Line, *seqs: int) -> list[Running[Result]]:
     for seq in seqs:
         started(turns, seq)
         calls.append(Running(turns.pause, Ticket(seq, 1), line.receive))
-        with turns._changed:
-            turns._changed.wait_for(functools.partial(turns._paused.__contains__, seq))
+        reached(turns, functools.partial(turns._order.paused.__contains__, seq))
     return calls
 
 
-def test_batches_start_in_their_order_whichever_thread_is_first() -> None:
+def test_batches_start_in_their_order_one_at_a_time() -> None:
     turns = Turns()
     turns.announce(1)
     turns.announce(2)
-    second = Running(turns.start, 2)
-    assert turns._next() == Move(1, True)
-    turns.start(1)
-    assert turns._next() is None, "one at a time"
+    assert turns.begin(no_more) == 1
+    assert turns._order.next() is None
     turns.end(1)
-    second.result()
+    assert turns.begin(no_more) == 2
+
+
+def test_nobody_reads_while_a_batch_has_its_turn_and_one_thread_does_when_it_pauses() -> None:
+    turns, line, frames = Turns(), Line(), queue.SimpleQueue[int]()
+    started(turns, 1)
+    idle = [Running(turns.begin, lambda: turns.announce(frames.get())) for _ in "ab"]
+    reached(turns, lambda: len(turns._idle._waiters) == 2)  # type: ignore[attr-defined]
+    assert not turns._reading
+    first = Running(turns.pause, Ticket(1, 1), line.receive)
+    reached(turns, lambda: turns._reading)
+    frames.put(2)
+    reached(turns, lambda: turns._order.holder == 2)
+    line.give(result(1))
+    reached(turns, lambda: 1 in turns._order.results)
+    turns.end(2)
+    first.result()
+    turns.end(1)
+    turns.announce(3)
+    turns.stop()
+    begun = sorted(call.result() for call in idle)
+    assert begun == [2, 3]
+    turns.end(3)
+    assert turns.begin(no_more) == 0
+
+
+def test_results_are_left_where_they_are_while_a_batch_has_its_turn_if_it_can_be_told_that_they_came() -> None:
+    turns, line = Turns(), Line()
+    pause = functools.partial(turns.pause, receive=line.receive, ready=line.ready)
+    started(turns, 1)
+    turns.announce(2)
+    first = Running(pause, Ticket(1, 1))
+    reached(turns, lambda: 1 in turns._order.paused)
+    assert turns.begin(no_more) == 2
+    line.give(result(1))
+    assert not turns._receiving
+    assert not turns._order.results
+    turns.announce(3)
+    second = Running(pause, Ticket(2, 1))
+    assert first.result().ticket.seq == 1, "and before the next one starts"
+    turns.end(1)
+    assert turns.begin(no_more) == 3
+    turns.end(3)
+    line.give(result(2))
+    assert second.result().ticket.seq == 2
+
+
+def test_a_batch_that_keeps_its_turn_is_not_kept_waiting_by_those_that_pause() -> None:
+    turns, line = Turns(), Line()
+    started(turns, 1)
+    first = Running(functools.partial(turns.pause, receive=line.receive, ready=line.ready), Ticket(1, 1))
+    reached(turns, lambda: turns._receiving)
+    started(turns, 2)
+    second = Running(turns.keep, Ticket(2, 1), line.receive)
+    reached(turns, lambda: 2 in turns._order.paused)
+    line.give(result(1), result(2))
+    assert second.result().ticket.seq == 2
+    turns.end(2)
+    assert first.result().ticket.seq == 1
 
 
 def test_while_a_batch_waits_for_its_result_the_next_one_starts_and_each_goes_on_with_its_own() -> None:
@@ -75,7 +151,7 @@ def test_while_a_batch_waits_for_its_result_the_next_one_starts_and_each_goes_on
     line.give(result(1), result(2))
     turns.end(3)
     assert first.result().text == "result 1 of 1"
-    assert turns._next() is None, "the second waits for its turn"
+    assert turns._order.next() is None, "the second waits for its turn"
     turns.end(1)
     assert second.result().text == "result 1 of 2"
     turns.end(2)
@@ -88,14 +164,13 @@ def test_a_batch_whose_result_is_here_goes_before_one_that_could_start() -> None
     (first,) = paused(turns, line, 1)
     started(turns, 2)
     line.give(result(1))
-    with turns._changed:
-        turns._changed.wait_for(lambda: 1 in turns._results)
+    reached(turns, lambda: 1 in turns._order.results)
     turns.announce(3)
     turns.end(2)
     first.result()
-    assert turns._next() is None
+    assert turns._order.next() is None
     turns.end(1)
-    assert turns._next() == Move(3, True)
+    assert turns._order.next() == Move(3, True)
 
 
 def test_a_further_run_of_a_batch_is_served_by_whoever_receives_it() -> None:
@@ -104,8 +179,7 @@ def test_a_further_run_of_a_batch_is_served_by_whoever_receives_it() -> None:
     line.give(result(1))
     first.result()
     again = Running(turns.pause, Ticket(1, 2), line.receive)
-    with turns._changed:
-        turns._changed.wait_for(lambda: turns._paused.get(1) == Ticket(1, 2))
+    reached(turns, lambda: turns._order.paused.get(1) == Ticket(1, 2))
     line.give(result(1, run=2))  # the second batch's thread is at the line now
     assert again.result().text == "result 2 of 1"
     turns.end(1)
@@ -133,25 +207,24 @@ def test_a_broken_line_is_heard_of_by_all_who_wait_one_after_the_other() -> None
         with pytest.raises(ConnectionError):
             call.result()
         errors.append(seq)
-        turns.end(turns._holder)
+        turns.end(turns._order.holder)
     assert errors == [1, 2]
 
 
 @pytest.mark.parametrize("rule", ["alone", "apart", "apart before"])
 def test_a_batch_that_is_to_be_alone_waits_for_the_others_and_they_for_it(rule: str) -> None:
     turns, line = Turns(), Line()
-    turns.alone = rule == "alone"
+    turns.set_alone(rule == "alone")
     turns.announce(1, apart=rule == "apart before")
-    turns.start(1)
+    assert turns.begin(no_more) == 1
     first = Running(turns.pause, Ticket(1, 1), line.receive)
-    with turns._changed:
-        turns._changed.wait_for(lambda: 1 in turns._paused)
+    reached(turns, lambda: 1 in turns._order.paused)
     turns.announce(2, apart=rule == "apart")
-    assert turns._next() is None
+    assert turns._order.next() is None
     line.give(result(1))
     first.result()
     turns.end(1)
-    assert turns._next() == Move(2, True)
+    assert turns._order.next() == Move(2, True)
 
 
 def test_after_a_failure_earlier_batches_go_on_and_later_ones_wait_until_it_is_settled() -> None:
@@ -159,12 +232,11 @@ def test_after_a_failure_earlier_batches_go_on_and_later_ones_wait_until_it_is_s
     first, second = paused(turns, line, 1, 2)
     line.give(result(1))
     first.result()
-    turns.end(1, failed=True)
+    turns.fail(1)
     turns.announce(3)
     line.give(result(2))
-    with turns._changed:
-        turns._changed.wait_for(lambda: 2 in turns._results)
-    assert turns._next() is None
+    reached(turns, lambda: 2 in turns._order.results)
+    assert turns._order.next() is None
     turns.settle(1)
     second.result()
     turns.end(2)
@@ -172,15 +244,15 @@ def test_after_a_failure_earlier_batches_go_on_and_later_ones_wait_until_it_is_s
     turns, line = Turns(), Line()
     (first,) = paused(turns, line, 1)
     started(turns, 2)
-    turns.end(2, failed=True)
+    turns.fail(2)
     turns.announce(3)
-    assert turns._next() is None
+    assert turns._order.next() is None
     line.give(result(1))
     first.result()
     turns.end(1)
-    assert turns._next() is None
+    assert turns._order.next() is None
     turns.settle(2)
-    assert turns._next() == Move(3, True)
+    assert turns._order.next() == Move(3, True)
 
 
 def test_a_batch_may_wait_for_its_result_and_keep_its_turn() -> None:
@@ -191,7 +263,7 @@ def test_a_batch_may_wait_for_its_result_and_keep_its_turn() -> None:
     kept = Running(turns.keep, Ticket(2, 1), line.receive)
     line.give(result(1), result(2))
     assert kept.result().text == "result 1 of 2"
-    assert turns._next() is None
+    assert turns._order.next() is None
     turns.end(2)
     first.result()
 
@@ -207,37 +279,44 @@ def test_ranks_that_follow_take_the_moves_that_the_first_one_tells() -> None:
     first.result()
     assert told == [Move(1, True), Move(2, True), Move(1, False)]
 
-    follows.announce(1)
-    follows.announce(2)
-    mine = [Running(follows.start, 1), Running(follows.start, 2)]
-    assert follows._next() is None, "nothing has been told"
+    frames = queue.SimpleQueue[int]()
+
+    def read() -> None:
+        seq = frames.get(timeout=DEADLINE_S)
+        follows.announce(seq) if seq else follows.stop()
+
+    mine = [Running(follows.begin, read) for _ in "abc"]  # one of them reads on
+    frames.put(1)
+    frames.put(2)
+    reached(follows, lambda: 2 in follows._order.waiting)
+    assert follows._order.next() is None, "nothing has been told"
     assert follows.wait_for_move()
     follows.hear(told[0])
-    mine[0].result()
+    reached(follows, lambda: follows._order.holder == 1)
     going_on = Running(follows.pause, Ticket(1, 1), other_line.receive)
     other_line.give(result(1))  # early: the first rank has moved otherwise
-    with follows._changed:
-        follows._changed.wait_for(lambda: 1 in follows._results)
+    reached(follows, lambda: 1 in follows._order.results)
     assert follows.wait_for_move()
     follows.hear(told[1])
-    mine[1].result()
+    reached(follows, lambda: follows._order.holder == 2)
     follows.end(2)
     assert follows.wait_for_move()
     follows.hear(told[2])
     going_on.result()
     follows.end(1)
-    follows.stop()
+    frames.put(0)
     assert not follows.wait_for_move()
+    assert sorted(call.result() for call in mine) == [0, 1, 2]
 
 
 def test_a_follower_that_hears_no_more_fails_what_waits_for_a_result() -> None:
     turns, line = Turns(follows=True), Line()
     turns.announce(1)
     turns.hear(Move(1, True))
-    turns.start(1)
+    assert turns.begin(no_more) == 1
     first = Running(turns.pause, Ticket(1, 1), line.receive)
     line.give(result(1))
-    turns.fail(ConnectionError("the first rank is gone"))
+    turns.give_up(ConnectionError("the first rank is gone"))
     with pytest.raises(ConnectionError):
         first.result()
 
@@ -249,7 +328,7 @@ def test_the_end_waits_for_all_that_is_under_way_unless_the_rank_ends_at_once() 
     turns.stop()
     line.give(result(1))
     first.result()
-    turns.end(1, failed=True)
+    turns.fail(1)
     turns.settle(1)
     end.result()
 
@@ -273,24 +352,22 @@ class StageRank:
         self.log: list[str] = []
         self.seqs = iter(range(1, batches + 1))
         self.sent: list[int] = []
-        self.reading = threading.Lock()
         self.threads = [Running(self.work) for _ in range(4)]
 
+    def read(self) -> None:
+        seq = next(self.seqs, 0)
+        self.turns.announce(seq) if seq else self.turns.stop()
+
     def work(self) -> None:
-        while True:
-            with self.reading:
-                seq = next(self.seqs, 0)
-                if not seq:
-                    return
-                self.turns.announce(seq)
-            self.turns.start(seq)
+        while seq := self.turns.begin(self.read):
             self.log.append(f"{seq} starts")
             if seq % 5:
                 self.answer(seq)
                 self.turns.pause(Ticket(seq, 1), self.line.receive)
                 self.log.append(f"{seq} goes on")
-            self.turns.end(seq, failed=not seq % 5)
-            if not seq % 5:
+                self.turns.end(seq)
+            else:
+                self.turns.fail(seq)
                 self.turns.settle(seq)
 
     def answer(self, seq: int) -> None:
