@@ -210,9 +210,7 @@ class Turns:
         if self._tell is not None:
             try:
                 self._tell(move)
-            except (
-                Exception
-            ) as error:  # a rank of this stage is gone; the server knows why, and is about to end this one
+            except Exception as error:  # a rank of this stage is gone; the server knows, and is about to end this one
                 self._broken = self._broken or error
 
     def _await_turn(self, seq: int) -> None:

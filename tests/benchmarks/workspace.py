@@ -19,8 +19,8 @@ ECHO = MODELS / "echo/handler.py"
 
 # deviceType: a GPU on this machine must not change what is compared. jobQueueSize: no client may be turned away.
 MODEL_CONFIG = """\
-minWorkers: 1
-maxWorkers: 1
+minWorkers: {model.workers}
+maxWorkers: {model.workers}
 batchSize: {model.batch_size}
 maxBatchDelay: {delay}
 jobQueueSize: 10000
@@ -51,6 +51,7 @@ class Model:
     parallel: str = "tp"
     delay: int = 0
     more: str = ""
+    workers: int = 1
 
     def config(self, least_delay: int = 0) -> str:
         """Its model-config.yaml.

@@ -19,12 +19,13 @@ class Stages(BaseHandler):
     """A request's body is not looked at: every request is the same work."""
 
     def load(self, context: Any) -> None:
-        """The same weights on every rank, of which it keeps its share."""
+        """The same weights on every rank, of which it keeps its share; `layers` in the configuration: of fewer of them."""
+        layers = context.model_yaml_config.get("handler", {}).get("layers", LAYERS)
         torch.manual_seed(SEED)
         weights = torch.randn(LAYERS, WIDTH, WIDTH) / WIDTH**0.5
         self.input = torch.randn(ROWS, WIDTH)
         self.pipeline = Pipeline(self.device)
-        self.layers = [weights[index] for index in self.pipeline.share(LAYERS)]
+        self.layers = [weights[index] for index in self.pipeline.share(layers)]
 
     def preprocess(self, data: list[dict[str, Any]]) -> Tensor:
         """So many rows for each request."""
