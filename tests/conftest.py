@@ -21,15 +21,26 @@ hypothesis.settings.register_profile(
 hypothesis.settings.load_profile("beside others")
 
 
+def pytest_addoption(parser: pytest.Parser, pluginmanager: pytest.PytestPluginManager) -> None:
+    """Without pytest-xdist (`-p no:xdist`) its options in pyproject.toml are there, too, and mean nothing."""
+    if not pluginmanager.hasplugin("xdist"):
+        parser.addoption("--numprocesses")
+        parser.addoption("--dist")
+        parser.addoption("--no-loadscope-reorder", action="store_true")
+
+
+@pytest.hookimpl(optionalhook=True)
 def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
     """What `-n auto` means: one more than there are cores, as integration tests wait for half of their time.
 
-    Files are what is shared out: a single one runs in the process that was started (0), and can be debugged there.
+    Files are what is shared out: more processes than files would do nothing, and a single file runs in the process that
+    was started (0), where it can be debugged.
     """
     files = {argument.partition("::")[0] for argument in config.args}
-    if len(files) == 1 and Path(files.pop()).is_file():
-        return 0
-    return min(len(os.sched_getaffinity(0)) + 1, MOST_PROCESSES)
+    processes = min(len(os.sched_getaffinity(0)) + 1, MOST_PROCESSES)
+    if all(Path(file).is_file() for file in files):
+        processes = min(processes, len(files))
+    return processes if processes > 1 else 0
 
 
 def pytest_collection_finish() -> None:

@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import itertools
 import socket
 from pathlib import Path
 
+CLIENTS = Path("/proc/sys/net/ipv4/ip_local_port_range")
+
 
 def free_ports(count: int) -> list[int]:
-    """Ports that nobody listens on, outside the range from which the kernel gives ports to clients.
+    """Ports that nobody listens on, outside the range from which the kernel gives ports to clients, if there is an outside.
 
     They are the caller's until its process ends: no other test that asks gets one of them, in whatever process it runs.
     """
-    low = int(Path("/proc/sys/net/ipv4/ip_local_port_range").read_text().split()[0])
+    low, high = map(int, CLIENTS.read_text().split())
     found: list[int] = []
-    for port in range(low - 1, 1024, -1):
+    for port in itertools.chain(range(low - 1, 1024, -1), range(65535, high, -1), range(high, max(low, 1025) - 1, -1)):
         if _is_free(port) and _is_ours_from_now_on(port):
             found.append(port)
         if len(found) == count:
