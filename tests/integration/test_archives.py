@@ -14,7 +14,7 @@ import psutil
 import pytest
 
 from minserve.testing.running import RunningServer, running_server
-from tests.integration.servers import Answer, call, gone, until
+from tests.integration.servers import GONE_S, Answer, call, gone, until
 
 HANDLER = """\
 import sys
@@ -65,7 +65,7 @@ def running(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunningServer]
         yield started
         family = started.family()
         assert started.stop() == 0, started.log
-        until(lambda: gone(family), 5.0, "the ranks' end")
+        until(lambda: gone(family), GONE_S, "the ranks' end")
         assert not list(started.runtime.rglob("minserve-*")), "a directory is left"
 
 

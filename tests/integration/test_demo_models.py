@@ -162,9 +162,7 @@ def test_every_method_predicts(running: RunningServer, method: str) -> None:
 
 def test_gloos_loop_threads_take_no_core_from_the_thread_that_has_their_lock(running: RunningServer) -> None:
     for pid in running.pids("allreduce"):
-        threads = [
-            (int(task.name), (task / "comm").read_text().strip()) for task in Path(f"/proc/{pid}/task").iterdir()
-        ]
-        policies = {name: os.sched_getscheduler(thread) for thread, name in threads}
-        assert policies["gloo_tcp_loop"] == os.SCHED_BATCH
+        tasks = Path(f"/proc/{pid}/task").iterdir()
+        loops = [int(task.name) for task in tasks if (task / "comm").read_text() == "gloo_tcp_loop\n"]
+        assert {os.sched_getscheduler(loop) for loop in loops} == {os.SCHED_BATCH}
         assert os.sched_getscheduler(pid) == os.SCHED_OTHER

@@ -152,7 +152,7 @@ def test_what_a_rank_has_started_dies_with_it(faulty: RunningServer) -> None:
 
 def test_queued_requests_wait_for_the_next_worker(faulty: RunningServer) -> None:
     restarts = faulty.restarts("faulty")
-    first, dying = in_background(faulty, '{"do": "sleep", "ranks": [0, 1], "seconds": 1, "after": [0], "value": 1}')
+    first, dying = in_background(faulty, '{"do": "sleep", "ranks": [0, 1], "seconds": 2, "after": [0], "value": 1}')
     until(lambda: faulty.states("faulty") == ["BUSY"])
     others = [in_background(faulty, '{"value": 21}') for _ in range(20)]
     # Some may lie in the ranks' sockets already, 15 at most: no rank has begun them, so they wait, too.

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from minserve.testing.running import RunningServer, running_server
-from tests.integration.servers import Answer, call, gone, until
+from tests.integration.servers import GONE_S, Answer, call, gone, until
 
 ECHO = """\
 import json
@@ -51,7 +51,7 @@ def running(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunningServer]
         yield started
         family = started.family()
         assert started.stop() == 0, started.log
-        until(lambda: gone(family), 5.0, "the ranks' end")
+        until(lambda: gone(family), GONE_S, "the ranks' end")
         log = started.log
         assert log.count("Traceback") == log.count("\nValueError: these weights"), log  # the handler's own
 

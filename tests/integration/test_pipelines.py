@@ -55,8 +55,9 @@ def test_the_first_stage_begins_the_next_request_while_a_later_one_is_at_work(
 
 
 @pytest.mark.parametrize(
-    ("rows", "requests"), [(500, 20), (2000, 6)]
-)  # 4 MB; 16 MB, more than a socket ever takes at once
+    ("rows", "requests"),
+    [pytest.param(500, 20, id="4 MB"), pytest.param(2000, 6, id="16 MB, more than a socket takes at once")],
+)
 def test_a_stage_may_return_the_same_memory_for_every_request(stages: RunningServer, rows: int, requests: int) -> None:
     def call(nonce: int) -> object:
         order = {"nonce": nonce, "shape": [rows, 2000], "reuse": True, "sleep": ["stage", 1]}

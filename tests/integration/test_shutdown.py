@@ -319,7 +319,6 @@ def may_unshare() -> bool:
     return bool(shutil.which("unshare")) and subprocess.run(command, capture_output=True, check=False).returncode == 0
 
 
-@pytest.mark.skipif(not may_unshare(), reason="a PID namespace needs rights that this user does not have")
 def sleepers(parent: psutil.Process) -> list[psutil.Process]:
     """Its children that sleep, also those that have ended and are not reaped yet."""
     found = []
@@ -329,6 +328,7 @@ def sleepers(parent: psutil.Process) -> list[psutil.Process]:
     return found
 
 
+@pytest.mark.skipif(not may_unshare(), reason="a PID namespace needs rights that this user does not have")
 def test_as_pid_1_it_reaps_serves_and_ends(single: Path) -> None:
     home = Path(tempfile.mkdtemp(prefix="ms"))
     (home / "store").mkdir()
