@@ -51,8 +51,7 @@ class Turns:
     def begin(self, read: Callable[[], None]) -> int:
         """Gives the next batch its turn when it may start: those before it have had theirs, and no failure is unsettled.
 
-        Returns:
-            Its seq; 0 after `stop`, when none is left.
+        Returns its seq; 0 after `stop`, when none is left.
 
         Args:
             read: waits for the next batch and announces it, or stops. One thread at a time calls it.
@@ -231,9 +230,8 @@ class Turns:
 
     def _may_receive(self, seq: int) -> bool:
         """Whether this batch's thread may receive: nobody does, and with `ready` only if nobody could go on otherwise."""
-        if self._receiving or not self._late:
-            return not self._receiving
-        return self._order.holder in (0, seq) and self._order.possible() is None
+        wanted = not self._late or (self._order.holder in (0, seq) and self._order.possible() is None)
+        return wanted and not self._receiving
 
     def _receive(self, receive: Callable[[], Result]) -> None:
         """Receives one result with the lock released, for whichever batch it is. Its caller wakes that one."""
@@ -246,7 +244,8 @@ class Turns:
             finally:
                 self._lock.acquire()
             ticket, paused = result.ticket, self._order.paused
-            if paused.get(ticket.seq) != ticket:
+            # The batch whose turn it is has sent its part, and may not have come to `pause` yet.
+            if paused.get(ticket.seq, ticket if ticket.seq == self._order.holder else None) != ticket:
                 awaited = ", ".join(map(str, paused.values()))
                 raise RuntimeError(f"pipeline out of step: the result of {ticket} came, awaited: {awaited}")
             self._order.results[ticket.seq] = result
@@ -287,14 +286,13 @@ class Turns:
         if idle and (move.starts if move is not None else self._may_read):
             self._idle.notify()
         if self._broken is not None:
-            for sleeper in self._sleepers.values():
-                sleeper.notify()
-            return
-        receivers = (seq for seq in order.paused if seq not in order.results and seq in self._sleepers)
-        for seq in (
-            move.seq if move is not None and not move.starts else 0,
-            order.holder if order.holder in order.results else 0,  # in `keep`
-            next(filter(self._may_receive, receivers), 0),
-        ):
-            if seq in self._sleepers:
-                self._sleepers[seq].notify()
+            chosen = [order.holder] if order.holder else list(self._sleepers)  # others would only wake each other
+        else:
+            receivers = (seq for seq in order.paused if seq not in order.results and seq in self._sleepers)
+            chosen = [
+                move.seq if move is not None and not move.starts else 0,
+                order.holder if order.holder in order.results else 0,  # in `keep`
+                next(filter(self._may_receive, receivers), 0),
+            ]
+        for seq in filter(self._sleepers.__contains__, chosen):
+            self._sleepers[seq].notify()

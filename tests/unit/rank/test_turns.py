@@ -211,6 +211,48 @@ def test_a_broken_line_is_heard_of_by_all_who_wait_one_after_the_other() -> None
     assert errors == [1, 2]
 
 
+def test_a_result_may_be_there_before_its_batch_has_come_to_wait_for_it() -> None:
+    turns, line = Turns(), Line()
+    first, second = paused(turns, line, 1, 2)
+    line.give(result(1))
+    first.result()
+    line.give(result(1, run=2))  # the second batch's thread is at the line
+    reached(turns, lambda: 1 in turns._order.results or turns._broken is not None)
+    assert turns.pause(Ticket(1, 2), line.receive).ticket == Ticket(1, 2)
+    turns.end(1)
+    line.give(result(2))
+    second.result()
+
+
+def test_those_who_heard_of_a_broken_line_wait_for_their_turn_without_waking_each_other(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    turns, line, slept = Turns(), Line(), list[int]()
+    sleep = turns._sleep
+
+    def counted(seq: int) -> None:
+        slept.append(seq)
+        sleep(seq)
+
+    calls = paused(turns, line, 1, 2)
+    started(turns, 3)
+    monkeypatch.setattr(turns, "_sleep", counted)
+    line.give(ConnectionError("rank 1 is gone"))
+    reached(turns, lambda: bool(slept))
+    for _ in range(100):
+        with turns._lock:
+            turns._wake()
+        time.sleep(0)  # lets them
+    assert len(slept) < 5
+    turns.end(3)
+    for _ in calls:
+        reached(turns, lambda: turns._order.holder != 0)
+        turns.end(turns._order.holder)
+    for call in calls:
+        with pytest.raises(ConnectionError):
+            call.result()
+
+
 @pytest.mark.parametrize("rule", ["alone", "apart", "apart before"])
 def test_a_batch_that_is_to_be_alone_waits_for_the_others_and_they_for_it(rule: str) -> None:
     turns, line = Turns(), Line()
