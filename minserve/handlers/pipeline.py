@@ -148,11 +148,21 @@ class Pipeline:
             carried: Outgoing | StageError = unpack_failure(received.tensors[0], self._needs)
         else:
             carried = self._work(stage, received.tensors, ticket)
-        self._untaken.append(self._outlet.send(self._message(carried, ticket)))
-        while len(self._untaken) > (MOST_UNTAKEN if in_batch else 0):
-            self._untaken.popleft().wait()
+        self._leave(self._outlet.send(self._message(carried, ticket)), in_batch)
         if isinstance(carried, StageError):
             raise carried
+
+    def _leave(self, sending: Sending, in_batch: bool) -> None:
+        """Goes on while a message is on its way, unless too many are.
+
+        A socket's results are never waited for. The first stage leaves them there while another batch has its turn, and in
+        that turn may be a collective, to which this rank has to come. They are no more than there are batches under way.
+        """
+        if in_batch and self.is_last and self._outlet.copies:
+            return
+        self._untaken.append(sending)
+        while len(self._untaken) > (MOST_UNTAKEN if in_batch else 0):  # outside, the process may end with this run
+            self._untaken.popleft().wait()
 
     def _work(self, stage: Stage, inputs: tuple[Tensor, ...], ticket: Ticket) -> Outgoing | StageError:
         """Runs the stage. An `Exception` becomes the failure to pass on; minserve.Cancelled is none and flies."""
@@ -195,9 +205,8 @@ class Pipeline:
         message = receive_one() if loop is None else loop.await_result(ticket, issued, receive_one, ready)
         if message.ticket != ticket:
             raise RuntimeError(f"pipeline out of step: the result of {message.ticket} came, awaited: {ticket}")
-        if (
-            self._device.type == "cuda"
-        ):  # it came on another stream, whose memory is not to be used again before this one's done
+        if self._device.type == "cuda":
+            # It came on another stream, whose memory is not to be used again before this one is done with it.
             for tensor in message.tensors:
                 tensor.record_stream(torch.cuda.current_stream(self._device))
         return message

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -107,6 +108,29 @@ def test_collectives_around_the_pipeline_meet_those_of_the_same_request(stages: 
         calls = [clients.submit(ask, stages, "stages", nonce, **talks[nonce % 2]) for nonce in range(24)]
         for nonce, call in enumerate(calls):
             assert_right(call.result(), nonce)
+
+
+def test_a_collective_meets_a_last_stage_whose_large_results_nobody_takes_meanwhile(tmp_path: Path) -> None:
+    model = tmp_path / "four"
+    shutil.copytree(MODELS / "stages", model)
+    with (model / "model-config.yaml").open("a") as config:
+        config.write("  inFlight: 4\n")
+    large = [1500, 2000]  # 12 MB, more than a socket ever takes at once
+    with server(model) as running, ThreadPoolExecutor(4) as clients:
+        running.wait_until_ready("four")
+        assert_right(ask(running, "four", nonce=1), 1)
+        release = tmp_path / "release"
+        calls = [clients.submit(ask, running, "four", 2, **{"await": ["stage", 1], "file": str(release)}, shape=large)]
+        until(lambda: running.states("four") == ["BUSY"], 20, "the first one to be under way")
+        for nonce, talk in ((3, {}), (4, {}), (5, {"talk": ["before", 0, 1]})):
+            begun = tmp_path / f"begun{nonce}"
+            calls.append(
+                clients.submit(ask, running, "four", nonce, touch=["before", 0], file=str(begun), shape=large, **talk)
+            )
+            until(begun.exists, 20, f"request {nonce} to begin")
+        release.touch()
+        for nonce, call in enumerate(calls, 2):
+            assert_right(call.result(), nonce, shape=large)
 
 
 @pytest.mark.parametrize("rank", [0, 1])
