@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
+import hmac
 import os
 import socket
-import struct
 from typing import NamedTuple
 
 import torch
@@ -16,8 +17,9 @@ from minserve.handlers.socket_hops import SocketInlet, SocketOutlet
 from minserve.rank.failures import leave_out
 
 PATIENCE_S = 60.0  # for a rank that has said that it comes
+KEY_S = 5.0  # for the key of one that has connected
+KEY_BYTES = 16
 SEND_BUFFER = 4 * 2**20  # bytes; the kernel gives as much of it as net.core.wmem_max allows
-_CREDENTIALS = struct.Struct("3i")  # pid, uid, gid: struct ucred, unix(7)
 
 
 class Ring(NamedTuple):
@@ -58,35 +60,47 @@ def _on_one_host() -> bool:
 
 def _connect(group: dist.ProcessGroup, stage: int) -> tuple[socket.socket, socket.socket]:
     """Sockets to the next rank and from the one before. Every rank listens, and connects before it accepts."""
-    with socket.socket(socket.AF_UNIX) as listener:
-        listener.bind(b"")  # the kernel finds six bytes that nobody has for a name, and no file is left behind: unix(7)
+    # An abstract name, behind which no file is left; not one that the kernel finds, for gVisor finds none.
+    name, key = b"\0minserve-" + os.urandom(8).hex().encode(), os.urandom(KEY_BYTES)
+    with socket.socket(socket.AF_UNIX) as listener, contextlib.ExitStack() as undone:
+        listener.bind(name)
         listener.listen()
-        names, pids = _introduce(group, listener.getsockname())
-        to_next = socket.socket(socket.AF_UNIX)
+        cards = _exchange(group, key + name)
+        ahead = cards[(stage + 1) % len(cards)]
+        to_next = undone.enter_context(socket.socket(socket.AF_UNIX))
         to_next.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, SEND_BUFFER)
-        to_next.connect(names[(stage + 1) % len(names)])
+        to_next.settimeout(PATIENCE_S)
+        to_next.connect(ahead[KEY_BYTES:])
+        to_next.sendall(ahead[:KEY_BYTES])
         listener.settimeout(PATIENCE_S)
-        return to_next, accept_from(listener, pids[stage - 1])
+        from_last = accept_from(listener, key)
+        undone.pop_all()
+        return to_next, from_last
 
 
-def _introduce(group: dist.ProcessGroup, name: bytes) -> tuple[list[bytes], list[int]]:
-    """The names of all ranks' listeners, and their pids. As plain numbers: no rank unpickles what another one sends."""
-    mine = torch.tensor([os.getpid(), *name])
-    cards = [torch.empty_like(mine) for _ in range(dist.get_world_size(group))]
-    dist.all_gather(cards, mine, group=group)
-    told = [card.tolist() for card in cards]
-    return [bytes(name) for _, *name in told], [pid for pid, *_ in told]
+def _exchange(group: dist.ProcessGroup, mine: bytes) -> list[bytes]:
+    """What each rank says, in as many bytes. As plain numbers: no rank unpickles what another one sends."""
+    said = torch.tensor(list(mine), device="cpu")  # whatever the handler's default is
+    cards = [torch.empty_like(said) for _ in range(dist.get_world_size(group))]
+    dist.all_gather(cards, said, group=group)
+    return [bytes(card.tolist()) for card in cards]
 
 
-def accept_from(listener: socket.socket, pid: int) -> socket.socket:
-    """The connection of one process of this user. Any other process can see the name of the listener, and is refused.
+def accept_from(listener: socket.socket, key: bytes) -> socket.socket:
+    """The connection that shows the key. Every process of the machine can see the name of the listener and call it.
+
+    The key, and not SO_PEERCRED: in a container of its own, and in gVisor, a pid is not what the other rank takes it for.
 
     Raises:
         OSError: it does not come within the listener's timeout.
     """
     while True:
-        connection, _ = listener.accept()
-        peer = connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _CREDENTIALS.size)
-        if _CREDENTIALS.unpack(peer)[:2] == (pid, os.getuid()):
-            return connection
+        try:
+            connection, _ = listener.accept()
+        except TimeoutError:
+            raise TimeoutError(f"the stage before this one has not connected in {PATIENCE_S:.0f} s") from None
+        connection.settimeout(KEY_S)
+        with contextlib.suppress(OSError):
+            if hmac.compare_digest(connection.recv(len(key)), key):
+                return connection
         connection.close()
