@@ -98,7 +98,7 @@ def pack(
             memory each time, a buffer that it keeps, what a captured CUDA graph writes to.
 
     Raises:
-        TypeError: not a tensor, not a dense one, or of a dtype that is not in `DTYPES`.
+        TypeError: not a tensor, not one with memory of its own, not a dense one, or of a dtype that is not in `DTYPES`.
         ValueError: more than 8 tensors, or more than 8 dimensions.
     """
     if len(tensors) > MAX_TENSORS:
@@ -109,8 +109,7 @@ def pack(
         dims = tensor.dim()
         numbers += [_NUMBERS[tensor.dtype], dims, *tensor.shape, *_PADDING[dims:]]
     numbers += [0] * (HEADER_LENGTH - len(numbers))
-    # As bytes: NCCL has no int16 and, in older versions, no float8.
-    return Outgoing(numbers, [_bytes_of(tensor.to(device, copy=copy)) for tensor in tensors if tensor.numel()])
+    return Outgoing(numbers, [_bytes_of(tensor, device, copy) for tensor in tensors if tensor.numel()])
 
 
 def pack_failure(failure: StageError, device: torch.device, ticket: Ticket) -> Outgoing:
@@ -151,5 +150,11 @@ def _check(tensor: Tensor) -> None:
         raise ValueError(f"a stage passed on a tensor of {tensor.dim()} dimensions; at most {MAX_DIMS} fit")
 
 
-def _bytes_of(tensor: Tensor) -> Tensor:
-    return tensor.detach().resolve_conj().resolve_neg().contiguous().view(-1).view(torch.uint8)
+def _bytes_of(tensor: Tensor, device: torch.device, copy: bool) -> Tensor:
+    # A wrapper has no memory, but its copy may: what a collective of tensor parallelism has not brought yet (torch's
+    # AsyncCollectiveTensor) is waited for.
+    here = tensor.detach().to(device, copy=copy or type(tensor) is not Tensor)
+    if hasattr(here, "__tensor_flatten__"):  # what torch.compile knows wrappers by
+        raise TypeError(f"a stage must return plain tensors, not {type(tensor).__name__}")
+    # As bytes: NCCL has no int16 and, in older versions, no float8.
+    return here.resolve_conj().resolve_neg().contiguous().view(-1).view(torch.uint8)

@@ -2,6 +2,8 @@ from __future__ import annotations
 
 import pytest
 import torch
+from torch.distributed._functional_collectives import AsyncCollectiveTensor
+from torch.testing._internal.two_tensor import TwoTensor
 
 from minserve.handlers.activations import (
     DTYPES,
@@ -14,6 +16,7 @@ from minserve.handlers.activations import (
     read_header,
     unpack_failure,
 )
+from minserve.handlers.tensor_memory import memory_of
 from minserve.rank.failures import StageError
 from minserve.rank.order import Ticket
 
@@ -50,6 +53,23 @@ def test_a_lazy_conjugate_is_resolved() -> None:
     conjugate = torch.tensor([1 + 2j]).conj()
     _, (payload,) = pack([conjugate], CPU, TICKET)
     assert payload.view(torch.complex64).tolist() == [1 - 2j]
+
+
+def test_what_a_collective_has_yet_to_bring_is_waited_for() -> None:
+    coming = AsyncCollectiveTensor(torch.arange(3.0))
+    _, (payload,) = pack([coming], CPU, TICKET, copy=False)
+    assert type(payload) is torch.Tensor
+    assert torch.frombuffer(memory_of(payload), dtype=torch.float32).tolist() == [0, 1, 2]
+
+
+def test_a_wrapper_without_memory_is_refused() -> None:
+    with pytest.raises(TypeError, match="must return plain tensors, not TwoTensor"):
+        pack([TwoTensor(torch.ones(3), torch.ones(3))], CPU, TICKET, copy=False)  # type: ignore[no-untyped-call]
+
+
+def test_a_parameter_is_a_tensor_like_any_other() -> None:
+    _, (payload,) = pack([torch.nn.Parameter(torch.ones(3))], CPU, TICKET, copy=False)
+    assert payload.view(torch.float32).tolist() == [1, 1, 1]
 
 
 def test_a_failure_arrives_with_all_it_says() -> None:
