@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import socket
 import threading
 from collections import deque
@@ -17,6 +18,12 @@ from minserve.rank.threads import HOP_THREAD
 def lost(peer: str) -> dist.DistNetworkError:
     """The other end is gone. As an error of torch.distributed, for this rank is a victim like those of a collective."""
     return dist.DistNetworkError(f"the connection to {peer} is closed: it has ended, or left the pipeline")
+
+
+def close_off(connection: socket.socket) -> None:
+    """Nothing more is sent: there may be half a message out, and what follows it would be taken for its other half."""
+    with contextlib.suppress(OSError):
+        connection.shutdown(socket.SHUT_RDWR)
 
 
 def behind(pieces: Sequence[Tensor], taken: int) -> list[Tensor]:
@@ -79,6 +86,7 @@ class Backlog:
                     rest.pieces = behind(rest.pieces, taken)
             except Exception as error:
                 self._error = error
+                close_off(self._connection)
             with self._changed:
                 if self._error is None:
                     self._rests.popleft()

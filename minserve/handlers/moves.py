@@ -28,7 +28,7 @@ class Moves:
 
     def tell(self, move: Move) -> None:
         """Tells the other ranks, without waiting for them."""
-        message = torch.tensor([move.seq, move.starts])
+        message = torch.tensor([move.seq, move.starts], device="cpu")  # whatever the handler's default is
         for rank in self._ranks[1:]:
             work = dist.isend(message, rank, group=self._group)
             assert work is not None
@@ -38,7 +38,7 @@ class Moves:
 
     def hear(self) -> Move:
         """Waits for the next move of the first rank."""
-        message = torch.empty(2, dtype=torch.int64)
+        message = torch.empty(2, dtype=torch.int64, device="cpu")
         dist.recv(message, self._ranks[0], group=self._group)
         seq, starts = message.tolist()
         return Move(seq, bool(starts))

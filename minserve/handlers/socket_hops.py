@@ -7,7 +7,6 @@ one process. One sendmsg for the whole message costs 0.15 ms.
 
 from __future__ import annotations
 
-import contextlib
 import select
 import socket
 import struct
@@ -15,7 +14,7 @@ import struct
 import torch
 
 from minserve.handlers.activations import HEADER_LENGTH, Outgoing, read_header
-from minserve.handlers.backlog import Backlog, behind, lost
+from minserve.handlers.backlog import Backlog, behind, close_off, lost
 from minserve.handlers.hops import Message, Sending
 from minserve.handlers.tensor_memory import memory_of
 from minserve.wire.messages import Buffer
@@ -49,9 +48,8 @@ class SocketOutlet:
         try:
             whole = [torch.frombuffer(bytearray(header), dtype=torch.uint8), *outgoing.payloads]
             return self._backlog.add([piece.clone() for piece in behind(whole, taken)])
-        except BaseException:  # no memory: there is half a message out that never gets its end
-            with contextlib.suppress(OSError):
-                self._connection.shutdown(socket.SHUT_RDWR)
+        except BaseException:  # no memory
+            close_off(self._connection)
             raise
 
     def _send_now(self, pieces: list[Buffer]) -> int:
@@ -100,7 +98,7 @@ class SocketInlet:
         header = read_header(_HEADER.unpack(self._header))
         tensors = []
         for spec in header.specs:
-            tensor = torch.empty(spec.shape, dtype=spec.dtype)
+            tensor = torch.empty(spec.shape, dtype=spec.dtype, device="cpu")  # whatever the handler's default is
             if spec.nbytes:
                 self._fill(memory_of(tensor))
             tensors.append(tensor)

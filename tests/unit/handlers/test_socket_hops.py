@@ -156,6 +156,24 @@ def test_without_memory_for_the_rest_the_other_end_is_not_left_with_half_a_messa
     assert wire.taken.endswith(b"shut down")
 
 
+def test_nothing_follows_half_a_message_whatever_the_thread_came_to() -> None:
+    wire = Wire(100)
+    sending = outlet(wire).send(message(1, torch.ones(3)))
+    wire.next_blocked()
+    wire.let(MemoryError())
+    with pytest.raises(dist.DistNetworkError) as gone:
+        sending.wait()
+    assert isinstance(gone.value.__cause__, MemoryError)
+    assert wire.taken.endswith(b"shut down")
+
+
+def test_what_comes_lies_in_the_memory_of_the_cpu_whatever_the_default_device_is(pair: Pair) -> None:
+    SocketOutlet(pair[0], "rank 1").send(message(1, torch.ones(3))).wait()
+    with torch.device("meta"):
+        (tensor,) = SocketInlet(pair[1], "rank 0").receive().tensors
+    assert (tensor.device, tensor.tolist()) == (CPU, [1, 1, 1])
+
+
 def test_a_time_limit_that_a_library_has_set_for_all_sockets_does_not_count(pair: Pair) -> None:
     for end in pair:
         end.settimeout(0.001)

@@ -20,7 +20,8 @@ class Stages(BaseHandler):
         self.tp = context.model_yaml_config.get("handler", {}).get("tp", 1)
         mesh = build_mesh(self.device, self.tp) if self.tp > 1 else None
         self.group = mesh.get_group("tp") if mesh else None
-        self.pipeline = Pipeline(self.device, mesh)
+        with torch.device("meta"):  # as models are built whose weights are read later
+            self.pipeline = Pipeline(self.device, mesh)
         self.seen = 0
         self.outputs = {}
         torch.set_grad_enabled(False)  # which torch keeps for each thread
