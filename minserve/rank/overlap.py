@@ -122,7 +122,7 @@ class Overlap:
         self._finished = 0
         self._finished_early: set[int] = set()
         self._talked_first = 0  # the last batch that used collectives before its first run
-        self._talked_later = False
+        self._talked_later = False  # or there were further runs
 
     # ── the rank ──
 
@@ -235,7 +235,7 @@ class Overlap:
         if where:
             self._one_at_a_time(f"Pipeline.run is called in {where}")
             return self._turns.keep(ticket, receive)
-        self._listen(batch, issued)
+        self._listen(batch, issued, again=ticket.run > 1)
         stream = streaming.current()
         streaming.set_current(None)
         batch.scratch.put_aside()
@@ -252,28 +252,33 @@ class Overlap:
 
     # ── collectives around it ──
 
-    def _listen(self, batch: _UnderWay, issued: int) -> None:
+    def _listen(self, batch: _UnderWay, issued: int, *, again: bool = False) -> None:
         """Looks whether the handler has used collectives outside of `Pipeline.run` in the turn that ends.
 
         The other stages take one batch after another. With some in front of the first run and others behind it, what
-        this rank does first for the next batch would meet what they do last for this one.
+        this rank does first for the next batch would meet what they do last for this one; or wait for it, if that is a
+        further run.
+
+        Args:
+            again: the turn ends with a further run.
 
         Raises:
             RuntimeError: it has met.
         """
-        if issued == batch.issued:
+        talked = issued != batch.issued
+        if not talked and not again:
             return
         if batch.first_turn:
             self._talked_first = batch.seq
         else:
             self._talked_later = True
-            if self._talked_first > batch.seq:
+            if talked and self._talked_first > batch.seq:
                 raise RuntimeError(
                     f"ranks out of step: batch {batch.seq} used collectives behind Pipeline.run, after batch "
                     f"{self._talked_first} had used some in front of it; set minserve.inFlight to 1"
                 )
         if self._talked_first and self._talked_later:
-            self._one_at_a_time("the handler uses collectives in front of Pipeline.run and behind it")
+            self._one_at_a_time("the handler uses collectives in front of Pipeline.run and needs the others again")
 
     def _one_at_a_time(self, reason: str) -> None:
         if not self._alone_because:

@@ -247,6 +247,7 @@ TALKS = """
         COUNT[0] += "front" in where
         result = run(where, COUNT[0])
         COUNT[0] += "behind" in where
+        if "again" in where: run(where, COUNT[0])
         return [result]
 """
 COUNT = [0]
@@ -274,6 +275,23 @@ def test_collectives_in_front_of_a_run_never_pass_those_behind_an_earlier_one(
     assert (answer.kind, answer.seq) == (Kind.REPLY if always else Kind.ERROR, 2)
     if not always:
         assert "batch 2 used collectives behind Pipeline.run, after batch 3" in unpack(Failure, answer.meta).text
+
+
+def test_collectives_in_front_of_several_runs_do_not_wait_for_a_further_run_of_an_earlier_batch(
+    serve: Serve, line: Line, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(overlap, "issued_collectives", lambda: COUNT[0])
+    peer = serve("    from tests.unit.rank.test_overlap import COUNT\n" + TALKS, warm=False)
+    peer.give(*(batch(seq, b"front again") for seq in (1, 2, 3)))
+    for seq in (1, 2, 3):
+        for run in (1, 2):
+            assert line.next() == ((seq, run), "front again")
+            assert line.sent.empty()
+            line.give(seq, "R", run)
+        assert peer.next().seq == seq
+        serving = overlap.active()
+        assert serving is not None
+        assert serving._alone_because, "the first batch has shown it"
 
 
 def test_handlers_with_an_event_loop_or_told_to_do_otherwise_are_served_as_ever(serve: Serve, line: Line) -> None:
