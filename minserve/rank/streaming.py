@@ -107,6 +107,7 @@ class Chunks(ABC):
             Cancelled: every client has left; this step is not taken.
         """
         ids = self._context.request_ids or {}
+        # The whole batch's are nearly always those of the context itself.
         if request_ids is not ids and any(ids.get(index) != request_id for index, request_id in request_ids.items()):
             logger.warning("dropped a chunk for requests that are not in this batch: %s", list(request_ids.values()))
             return
@@ -114,8 +115,6 @@ class Chunks(ABC):
         def by_index() -> list[object]:
             if not isinstance(chunks, list | tuple) or len(chunks) != len(request_ids):
                 raise Refused(f"an intermediate response needs one chunk for each of {len(request_ids)} requests")
-            if request_ids is ids:  # the whole batch, as nearly always
-                return list(chunks)
             values: list[object] = [None] * self.count
             for index, chunk in zip(request_ids, chunks, strict=True):
                 values[index] = chunk
@@ -150,9 +149,7 @@ class Chunks(ABC):
 
     def _send_step(self, encoded: list[tuple[Answer, Buffer]]) -> None:
         """A step without chunks is told, too: the server grants by what it has seen."""
-        answers = Answers(
-            tuple([answer for answer, _ in encoded]), self.step
-        )  # a list costs less than a generator here
+        answers = Answers(tuple([answer for answer, _ in encoded]), self.step)  # a list costs less than a generator
         self._connection.send_answers(Kind.CHUNK, answers, [body for _, body in encoded], self.seq)
 
 

@@ -111,6 +111,15 @@ def test_chunks_for_some_requests_go_to_those(chunks: object, indexes: list[int]
     assert it.chunks == [sent]
 
 
+def test_a_context_that_a_handler_has_taken_requests_from_still_says_whose_the_chunks_are() -> None:
+    it = Streaming(count=3)
+    request_ids = it.context.request_ids
+    assert request_ids is not None
+    del request_ids[0]
+    it.stream.send_some(["x", "y"], request_ids)
+    assert it.chunks == [[(1, b"x"), (2, b"y")]]
+
+
 @pytest.mark.parametrize("request_ids", [{3: "r3"}, {-1: "r2"}, {0: "r0", 1: "of an earlier batch"}])
 def test_chunks_of_a_thread_that_an_earlier_batch_left_behind_are_dropped(
     request_ids: dict[int, str], caplog: pytest.LogCaptureFixture
