@@ -46,8 +46,8 @@ class Stream:
         return self.muted or self._ended
 
     def put(self, chunk: Buffer) -> None:
-        """One more chunk."""
-        if not self.muted and not self._ended:
+        """One more chunk. One of nothing behind others is nothing to anybody; without them it lets the answer's head go."""
+        if not self.muted and not self._ended and (len(chunk) or not self._chunks):
             self._chunks.append(chunk)
             self._waiting += len(chunk)
             self._wake()
