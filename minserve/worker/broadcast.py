@@ -98,9 +98,8 @@ class Broadcast:
         self._memory = memory
         self._seq = 0
         self._outstanding: dict[int, Outstanding] = {}
-        self._stepped: dict[
-            int, int
-        ] = {}  # by seq: where the streams stood before the chunks that are just being taken
+        # By seq: where the streams stood before the chunks that are just being taken.
+        self._stepped: dict[int, int] = {}
         self._fanout = Fanout(clock, links)
         self._ended = False
         self._streams = Streams(links, limits, steps)
@@ -302,11 +301,11 @@ class Broadcast:
         meta = unpack(Answers, frame.meta)
         if not batch.step < meta.step <= batch.granted:
             raise WireError(f"CHUNK of step {meta.step} behind step {batch.step}, with {batch.granted} granted")
-        self._stepped.setdefault(batch.seq, batch.step)
+        if meta.shared or batch.seq not in self._stepped:  # see `Streams`
+            self._stepped[batch.seq] = batch.step
         batch.step = meta.step
-        answers = answers_of(
-            batch, meta, frame, self._memory
-        )  # also if they are for nobody: rank 0 wants its memory back
+        # Also if they are for nobody: rank 0 wants its memory back.
+        answers = answers_of(batch, meta, frame, self._memory)
         if batch.failures:
             return  # nor is this chunk; whether the failure is in step is still open
         if batch.on_change is None:

@@ -60,7 +60,7 @@ class Outstanding:
         limit: seconds it may take, or until the next chunk.
         due: when the worker fails for it; never while the ranks wait for a grant.
         granted: the step up to which its stream may go; `step` is the last that rank 0 has sent.
-        burst: steps that came with the last read of rank 0's link.
+        burst: steps that came together, see `Streams`.
         failures: what ranks have reported, by rank, and the same as causes.
         doubted_until: when the ranks that have not reported are taken for being elsewhere.
         error: what its clients were told.

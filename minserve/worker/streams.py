@@ -18,9 +18,8 @@ if TYPE_CHECKING:
     from minserve.worker.outstanding import Limits, Outstanding, RankLink
 
 AHEAD = 8  # steps for each that came with the last read of rank 0's link
-MOST_AHEAD = (
-    64  # to the end of what was granted the ranks go when their clients have left, and steps may have become slow
-)
+# To the end of what was granted the ranks go when their clients have left, and steps may have become slow.
+MOST_AHEAD = 64
 
 
 class Streams:
@@ -29,6 +28,9 @@ class Streams:
     Each grant wakes every rank, which costs more than a quick step, and ranks that have used theirs up wait for the server.
     So unless the configuration says how many, it goes by the steps that come together: while they take their time each comes
     alone, and few are granted that would be taken in vain once the clients leave.
+
+    All that was granted may come to wait for a slow client, so many steps are granted of small chunks only: one read gives
+    few bytes (`SCRATCH_BYTES`), and a chunk in shared memory, which takes none of them, counts as if it had come alone.
 
     Args:
         steps: how many steps a rank has counted in a batch, from the board.

@@ -18,9 +18,10 @@ from minserve.rank.bodies import Bodies
 from minserve.rank.connection import Connection, Disconnected
 from minserve.rank.memory import Replies, open_memory
 from minserve.wire.arena import BLOCK_BYTES, SHARE_FROM, Arena, new_memory
-from minserve.wire.frames import MAX_META_BYTES, Kind, encode
+from minserve.wire.frames import MAX_META_BYTES, Frame, Kind, encode
 from minserve.wire.messages import Answer, Answers, Batch, Part, RequestMeta, Shared, pack_with_body, unpack
 from minserve.wire.views import Views
+from minserve.worker import streams
 from minserve.worker.memory import Memory, give, new_arena
 from tests.unit.worker.broadcasts import Group, body_of, failure, frame_of
 from tests.unit.worker.specs import make_spec, model_config
@@ -53,10 +54,15 @@ class Worker:
         return Bodies(self.views[rank], views=views).decode(unpack(Batch, frame.meta), frame.body)
 
     def reply(self, seq: int, *bodies: bytes, kind: Kind = Kind.REPLY, step: int = 0) -> Answers:
+        frame = self.frame(seq, *bodies, kind=kind, step=step)
+        self.group.receive(0, frame)
+        return unpack(Answers, frame.meta)
+
+    def frame(self, seq: int, *bodies: bytes, kind: Kind, step: int) -> Frame:
+        """What rank 0 sends of its answers."""
         shared, rest = self.replies.place(bodies)
         answers = Answers(tuple(Answer(index, len(body)) for index, body in enumerate(bodies)), step, shared=shared)
-        self.group.receive(0, frame_of(pack_with_body(kind, answers, rest, seq)))
-        return answers
+        return frame_of(pack_with_body(kind, answers, rest, seq))
 
 
 @pytest.fixture
@@ -212,6 +218,23 @@ async def test_a_chunk_behind_a_failure_is_for_nobody_and_given_back(arena: Aren
     before = worker.memory.held
     worker.reply(1, BODY, kind=Kind.CHUNK, step=2)
     assert worker.memory.held == before
+
+
+@pytest.mark.asyncio
+@pytest.mark.parametrize(("large", "steps"), [(None, 4), (0, 4), (2, 2), (3, 1)], ids=str)
+async def test_large_chunks_do_not_count_as_quick_steps(arena: Arena, large: int | None, steps: int) -> None:
+    """All that is granted may come to wait for a slow client."""
+    worker = Worker(arena)
+    worker.group = Group(stream_ahead=None, memory=worker.memory)
+    one = request(arena, b"a")
+    worker.group.broadcast.send([one])
+    chunks = [BODY if number == large else b"c" for number in range(4)]
+    frames = [worker.frame(1, chunk, kind=Kind.CHUNK, step=step) for step, chunk in enumerate(chunks, 1)]
+    worker.group.receive_together(0, *frames)
+    assert one.stream is not None
+    assert await one.stream.take(2 * len(BODY)) == chunks
+    one.stream.mute()
+    assert worker.group.told(Kind.GRANT) == [4 + steps * streams.AHEAD]
 
 
 @pytest.mark.asyncio
