@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from minserve.frontends.channel import Channel
     from minserve.registry.models import Registry, ServedModel
     from minserve.wire.frames import Frame
-    from minserve.wire.messages import Buffer, Part
+    from minserve.wire.messages import Buffer
 
 logger = logging.getLogger(__name__)
 
@@ -102,7 +102,7 @@ class Door:
             self._channel.send(Kind.ALLOWED, number, Allowed(timeout))
 
     def _admit(self, number: int, asked: Submit, body: bytearray) -> None:
-        bodies = _bodies(body, asked.meta.parts)
+        bodies: list[Buffer] = list(split_body(body, [part.length for part in asked.meta.parts]))
         share = self._bodies.share()
         try:
             if self._keys is not None:
@@ -192,12 +192,6 @@ class Door:
             except MinServeError:  # it has gone meanwhile
                 continue
             model.dispatcher.meters.frontend.add(spent.counts, spent.total)
-
-
-def _bodies(body: bytearray, parts: Sequence[Part]) -> list[Buffer]:
-    if len(parts) == 1 and parts[0].length == len(body):
-        return [body]  # as nearly all have it: not one more copy
-    return list(split_body(body, (part.length for part in parts)))
 
 
 def _authorization(headers: Sequence[tuple[bytes, bytes]]) -> str:

@@ -294,12 +294,14 @@ def inline_lengths(lengths: Iterable[int], shared: Sequence[Shared]) -> list[int
     return inline
 
 
-def split_body(body: bytearray, lengths: Iterable[int]) -> list[bytearray]:
-    """Cuts a frame's body into the pieces whose lengths its meta lists, each in memory of its own.
+def split_body(body: bytearray, lengths: Sequence[int]) -> list[bytearray]:
+    """Cuts a frame's body into the pieces whose lengths its meta lists, each in memory of its own; one alone is the body.
 
     Raises:
         WireError: the lengths do not add up to the body.
     """
+    if len(lengths) == 1 and lengths[0] == len(body):  # as nearly all have it: not one more copy
+        return [body]
     pieces = []
     offset = 0
     for length in lengths:

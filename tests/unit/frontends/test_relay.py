@@ -6,16 +6,18 @@ import asyncio
 from collections.abc import Sequence
 from typing import cast
 
+import msgspec
 import pytest
 
 from minserve.dispatch.request import Stream
-from minserve.errors import WorkerFailed
+from minserve.errors import WireError, WorkerFailed
 from minserve.frontends.channel import Channel
 from minserve.frontends.messages import Piece, Refused, Taken
 from minserve.frontends.relay import AHEAD, Relay
 from minserve.frontends.uplink import RelayedStream, Uplink
-from minserve.wire.frames import Kind
-from minserve.wire.messages import Buffer, Message
+from minserve.wire.frames import TO_FRONTEND, Frame, FrameReader, Kind
+from minserve.wire.messages import Buffer, Message, pack_with_body
+from tests.fakes import feed
 from tests.unit.worker.specs import until
 
 pytestmark = pytest.mark.asyncio
@@ -28,6 +30,7 @@ class Wire:
 
     def __init__(self) -> None:
         self.sent: list[tuple[Kind, Message | None]] = []
+        self.frames: list[Frame] = []  # those with a body
         self.bytes = 0
         self.channel = self  # it passes for an uplink, too
 
@@ -36,6 +39,7 @@ class Wire:
 
     def send_with_body(self, kind: Kind, number: int, message: Message, bodies: Sequence[Buffer]) -> None:
         assert cast("Piece", message).lengths == tuple(map(len, bodies))
+        self.frames += feed(FrameReader(2**31, TO_FRONTEND), b"".join(pack_with_body(kind, message, bodies, number)))
         self.bytes += sum(map(len, bodies))
 
     def leave_stream(self, number: int) -> None:
@@ -70,6 +74,40 @@ async def test_no_more_is_under_way_than_the_client_takes() -> None:
         await settle()
     assert wire.bytes == 100 * len(PIECE)
     assert stream.muted, "nobody wants more of it"
+
+
+async def test_what_has_come_goes_with_one_frame_and_comes_out_as_it_went_in() -> None:
+    wire = Wire()
+    relay, stream = relayed(wire, 0)
+    for chunk in (b"", b"one", b"two"):
+        stream.put(chunk)
+    await until(lambda: wire.frames)
+    (frame,) = wire.frames
+    uplink = Uplink(cast("Channel", wire))
+    there = uplink._streams[1] = RelayedStream(1, uplink, 30.0)
+    uplink.received(frame)
+    assert await there.take(100) == [b"", b"one", b"two"]
+    relay.cancel()
+
+
+async def test_a_large_chunk_is_not_copied_on_its_way_to_the_client() -> None:
+    uplink = Uplink(cast("Channel", Wire()))
+    stream = uplink._streams[1] = RelayedStream(1, uplink, 30.0)
+    frame = Frame(Kind.PIECE, 0, 1, bytearray(msgspec.msgpack.encode(Piece((len(PIECE),)))), bytearray(PIECE))
+    uplink.received(frame)
+    (chunk,) = await stream.take(100)
+    assert chunk is frame.body
+
+
+@pytest.mark.parametrize("lengths", [(1,), (3,), (1, 2), (-1, 3), (), ("2",)])
+async def test_lengths_that_are_not_those_of_the_chunks_break_the_channel(lengths: tuple[int, ...]) -> None:
+    uplink = Uplink(cast("Channel", Wire()))
+    stream = uplink._streams[1] = RelayedStream(1, uplink, 30.0)
+    frame = Frame(Kind.PIECE, 0, 1, bytearray(msgspec.msgpack.encode(Piece(lengths))), bytearray(b"xy"))
+    with pytest.raises(WireError):
+        uplink.received(frame)
+    stream.end()
+    assert await stream.take(100) == [], "none of it goes to the client"
 
 
 @pytest.mark.parametrize(

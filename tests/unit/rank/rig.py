@@ -155,7 +155,7 @@ class Running(Generic[T]):
 def parts(frame: Frame) -> list[tuple[Answer, bytes]]:
     """The answers of a REPLY or CHUNK with their bodies."""
     metas = unpack(Answers, frame.meta).answers
-    bodies = split_body(frame.body, (meta.length for meta in metas))
+    bodies = split_body(frame.body, [meta.length for meta in metas])
     return [(meta, bytes(body)) for meta, body in zip(metas, bodies, strict=True)]
 
 

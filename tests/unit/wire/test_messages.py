@@ -145,6 +145,12 @@ def test_split_body_gives_pieces_of_their_own() -> None:
     assert body == b"abcdef"
 
 
+def test_a_body_of_one_piece_is_not_copied() -> None:
+    body = bytearray(b"abcdef")
+    (piece,) = split_body(body, [6])
+    assert piece is body
+
+
 @pytest.mark.parametrize(
     ("lengths", "message"),
     [
