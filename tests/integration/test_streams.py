@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import socket
 import time
@@ -139,6 +140,24 @@ def test_a_rank_that_dies_in_mid_stream_breaks_it_off_visibly(running: RunningSe
             read_to_the_end(client)
     running.wait_until_ready("streaming", restarts + 1)
     assert_in_step(running)
+
+
+def test_quick_steps_that_are_granted_far_ahead_come_in_order_and_end_in_step(tmp_path: Path) -> None:
+    """As by default: the other tests' model has its steps ahead fixed."""
+    model = tmp_path / "streaming"
+    shutil.copytree(MODELS / "streaming", model)
+    config = model / "model-config.yaml"
+    config.write_text(config.read_text().replace("  streamAhead: 4\n", ""))
+    with server(model) as running:
+        for how in ("generate", "from_a_thread"):
+            answer = running.predict("streaming", json.dumps({"do": how, "steps": 2000, "numbered": True}))
+            assert answer.body.removesuffix(b"end") == b"".join(b"%d " % number for number in range(1, 2001))
+        for received in (1, 100, 10_000):
+            with open_stream(running, do="generate", steps=1_000_000, numbered=True) as client:
+                while received > 0:
+                    received -= len(client.recv(1000))
+            assert assert_in_step(running)[1] == 1
+        assert running.restarts("streaming") == 0
 
 
 def test_a_request_in_flight_is_sent_again_where_the_model_allows_it(running: RunningServer, tmp_path: Path) -> None:

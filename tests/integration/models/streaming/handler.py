@@ -54,7 +54,7 @@ class Streaming(BaseHandler):
         dist.all_reduce(total)
         self.taken += 1
         time.sleep(order.get("pause", 0))
-        return "x" * order.get("size", 1)
+        return f"{self.taken} " if order.get("numbered") else "x" * order.get("size", 1)
 
     def generate(self, order, context):
         self.taken = self.cleaned_up = 0
