@@ -35,7 +35,7 @@ class Plan:
 
 
 def full(generator: str) -> Plan:
-    """Under 25 minutes with all peers."""
+    """Some 23 minutes with all peers, once their environments are there."""
     return Plan(
         generator, rounds=4, seconds=2, warm_up_s=1, idle_s=3.0, starts=4, ranks=(1, 4, 8), sizes=(64 * 2**10, 2**20)
     )
