@@ -109,15 +109,16 @@ def counted(running: RunningServer, sample: str) -> float:
     return sum(float(value) for value in re.findall(rf"^{sample}(?:\{{[^}}]*\}})? (\S+)$", text, re.MULTILINE))
 
 
-def test_connections_that_stay_are_shared_out_evenly(running: RunningServer) -> None:
+def test_connections_that_stay_are_shared_out_about_evenly(running: RunningServer) -> None:
     with ExitStack() as stack:
-        for _ in range(6):
+        for _ in range(24):
             ask(connect(running, stack), b"hello")
         counts = [
             sum(one.status == psutil.CONN_ESTABLISHED for one in process.net_connections("tcp"))
             for process in frontends(running)
         ]
-    assert counts == [3, 3]
+    # On a busy machine the process with fewer is not always awake in the moment that the other one leaves it.
+    assert min(counts) >= 8
 
 
 @pytest.mark.asyncio
