@@ -31,13 +31,13 @@ def pytest_addoption(parser: pytest.Parser, pluginmanager: pytest.PytestPluginMa
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
-    """What `-n auto` means: one more than there are cores, as integration tests wait for half of their time.
+    """What `-n auto` means: as many as there are cores, for servers under test and their ranks need these, too.
 
     Files are what is shared out: more processes than files would do nothing, and a single file runs in the process that
     was started (0), where it can be debugged.
     """
     files = {argument.partition("::")[0] for argument in config.args}
-    processes = min(len(os.sched_getaffinity(0)) + 1, MOST_PROCESSES)
+    processes = min(max(len(os.sched_getaffinity(0)), 2), MOST_PROCESSES)
     if all(Path(file).is_file() for file in files):
         processes = min(processes, len(files))
     return processes if processes > 1 else 0

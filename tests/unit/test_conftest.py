@@ -21,7 +21,8 @@ ONE, OTHER = __file__, str(ROOT / "tests" / "unit" / "test_ports.py")
     ("cores", "arguments", "processes"),
     [
         pytest.param(1, [str(ROOT / "tests")], 2, id="one core"),
-        pytest.param(2, [str(ROOT / "tests")], 3, id="two cores"),
+        pytest.param(2, [str(ROOT / "tests")], 2, id="two cores"),
+        pytest.param(3, [str(ROOT / "tests")], 3, id="three cores"),
         pytest.param(64, [str(ROOT / "tests")], 4, id="many cores"),
         pytest.param(2, [ONE], 0, id="a file"),
         pytest.param(2, [f"{ONE}::test_a", f"{ONE}::test_b[c::d]"], 0, id="tests of a file"),
