@@ -36,7 +36,7 @@ help: ## Lists the verbs
 demo: $(VENV)/demo ## Serves a real model on two ranks, sends the README's curl, shows the answer
 	@$(BIN)/python configs/demo.py --port $(PORT) $(if $(ONCE),--once)
 
-test: $(VENV)/dev ## Runs all tests, files beside each other; five minutes on two cores
+test: $(VENV)/dev ## Runs all tests, files beside each other; six minutes on two cores
 	$(BIN)/python -m pytest
 
 lint: $(VENV)/dev ## Checks style and formatting
