@@ -2,8 +2,9 @@
 
 When one rank dies the others report collective errors, sometimes first, and torchrun SIGTERMs them. So causes are gathered
 for a moment and ranked: a death outranks an exception; among deaths the agent's comes first, then the earliest that was not
-by SIGTERM; among exceptions one of a rank's own outranks a collective's, which most likely is a victim's: even a rank that
-says nothing at all is more suspicious. Which one says nothing when several wait for each other, `hang` finds out.
+by SIGTERM, or that torchrun names as the first; among exceptions one of a rank's own outranks a collective's, which most
+likely is a victim's: even a rank that says nothing at all is more suspicious. Which one says nothing when several wait for
+each other, `hang` finds out.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
 # Within which a dying process, whose socket is closed already, has its exit code: a busy machine may take its time.
 SOCKET_GATHER_S = 0.25
 DEATH_GATHER_S = 0.15  # torchrun looks at its ranks every 0.1 s: by then the siblings' deaths are in, too
+SIGTERM_GATHER_S = 0.3  # it ends them by SIGTERM itself; then it ends, and tells which was the first
 AGENT = -1  # stands where a rank's number would
 
 
@@ -44,6 +46,7 @@ class Cause:
         detail: what happened, to be read after "rank 1 (pid 4711)".
         at: when it was seen, on the server's clock.
         exit_code: of a death: as in `subprocess`, negative for a signal; None when nobody could read it.
+        reported: torchrun names it as the first that it has seen.
     """
 
     what: What
@@ -52,6 +55,7 @@ class Cause:
     detail: str
     at: float
     exit_code: int | None = None
+    reported: bool = False
 
     def __str__(self) -> str:
         who = "torchrun" if self.rank == AGENT else f"rank {self.rank}"
@@ -63,7 +67,7 @@ class Cause:
 
         torchrun SIGTERMs the siblings of a dead rank and then exits with 1 itself; only a signal ends it on its own account.
         """
-        if self.what is not What.DEATH:
+        if self.what is not What.DEATH or self.reported:
             return False
         if self.rank == AGENT:
             return (self.exit_code or 0) >= 0

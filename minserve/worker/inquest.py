@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from minserve.errors import RankProtocolError, ResponseTimeout, WorkerFailed, WorkerOutOfMemory
 from minserve.worker import hang
-from minserve.worker.blame import AGENT, DEATH_GATHER_S, SOCKET_GATHER_S, Cause, What, describe_exit
+from minserve.worker.blame import AGENT, DEATH_GATHER_S, SIGTERM_GATHER_S, SOCKET_GATHER_S, Cause, What, describe_exit
 from minserve.worker.oom import OutOfMemory
 from minserve.worker.signs import look
 from minserve.worker.verdict import HANGS, Verdict
@@ -91,16 +91,18 @@ class Inquest:
     def exited(self, rank: int, pid: int, code: int | None) -> None:
         """A process has ended: a rank, or the agent, which may have seen another end first."""
         agent = pid == self._members.agent_pid
-        if agent and self._incomplete and (first := self._site.first_failure()):
-            self._died(first.rank, first.pid, first.code)
+        if agent and (first := self._site.first_failure()):
+            self._died(first.rank, first.pid, first.code, reported=True)
         self._died(rank, pid, code)
 
-    def _died(self, rank: int, pid: int, code: int | None) -> None:
-        cause = Cause(What.DEATH, rank, pid, describe_exit(code), self._loop.time(), code)
+    def _died(self, rank: int, pid: int, code: int | None, *, reported: bool = False) -> None:
+        cause = Cause(What.DEATH, rank, pid, describe_exit(code), self._loop.time(), code, reported)
         # SIGKILL may be the agent's death signal, and then the agent's own end is a moment away.
         final = not cause.is_consequence and (rank == AGENT or code != -signal.SIGKILL)
         # A rank that has not come yet may have ended first, and only torchrun has seen it.
-        gather = REPORT_GATHER_S if rank != AGENT and self._incomplete else DEATH_GATHER_S
+        gather = SIGTERM_GATHER_S if cause.is_consequence else DEATH_GATHER_S
+        if rank != AGENT and self._incomplete:
+            gather = REPORT_GATHER_S
         self._verdict.suspect(cause, final=final, gather=gather)
 
     @property

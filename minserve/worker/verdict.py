@@ -56,7 +56,8 @@ class Verdict:
             told = next((other for other in self._causes if (other.rank, other.what) == (cause.rank, cause.what)), None)
             if told is not None:
                 self._causes.remove(told)
-                cause = replace(cause if told.exit_code is None else told, at=told.at)
+                reported = cause.reported or told.reported
+                cause = replace(cause if told.exit_code is None else told, at=told.at, reported=reported)
         self._causes.append(cause)
         if final:
             self._judge()

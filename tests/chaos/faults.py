@@ -212,8 +212,7 @@ def _from_outside() -> list[Fault]:
         Fault("SIGKILL of a rank", stream, "SIGKILL", says=killed, fits=_streams),
         Fault("SIGSEGV of a rank", idle, "SIGSEGV", says=crashed),
         Fault("SIGSEGV of a rank", batch, "SIGSEGV", says=crashed, fits=_batch),
-        # torchrun ends the others by the same signal and then itself: seen in one moment, any of them is named (open).
-        Fault("SIGTERM of a rank", batch, "SIGTERM", says=r"{model}/\d", fits=_batch),
+        Fault("SIGTERM of a rank", batch, "SIGTERM", says=_ended("SIGTERM"), fits=_batch),
         Fault("SIGSTOP of a rank", idle, "SIGSTOP", limit=Limit.STALL, statuses=_TIMEOUT),
         Fault("SIGSTOP of a rank", batch, "SIGSTOP", limit=Limit.STALL, statuses=_TIMEOUT, fits=_batch),
         Fault("SIGSTOP of a rank", stream, "SIGSTOP", limit=Limit.STALL, statuses=_TIMEOUT, fits=_streams),

@@ -234,8 +234,7 @@ class Strike:
             self.breach(f"its events lack {sorted(lacking)}: {events}")
         rank = self.injection.rank  # that ranks did not connect, or not load, is an event about all of them
         named = any(event["rank"] == rank or f"rank {rank} " in str(event["detail"]) for event in faults)
-        alone = self.fault.who in (Who.ONE, Who.NOT_ZERO) and self.fault.do != "SIGTERM"  # see faults.py
-        if self.fault.restarting and alone and not named:
+        if self.fault.restarting and self.fault.who in (Who.ONE, Who.NOT_ZERO) and not named:
             self.breach(f"no event names rank {self.injection.rank}: {events}")
 
     # ── small things ──

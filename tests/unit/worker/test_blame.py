@@ -17,6 +17,10 @@ def in_collective(rank: int, at: float) -> Cause:
     return Cause(What.COLLECTIVE, rank, 100 + rank, "raised DistBackendError: x", at)
 
 
+def reported(rank: int, code: int, at: float) -> Cause:
+    return Cause(What.DEATH, rank, 100 + rank, describe_exit(code), at, code, reported=True)
+
+
 SILENCE = Cause(What.SILENCE, 0, 100, "did not finish batch 3 within 10 s", 0.0)
 PROTOCOL = Cause(What.PROTOCOL, 3, 103, "broke the protocol: seq", 9.0)
 
@@ -30,6 +34,11 @@ PROTOCOL = Cause(What.PROTOCOL, 3, 103, "broke the protocol: seq", 9.0)
         (died(1, -9, 2), [died(AGENT, 1, 1), died(0, -15, 1.5)]),  # torchrun's exit 1 is a consequence
         (died(AGENT, -9, 3), [died(0, -9, 1), died(1, -9, 2)]),  # its ranks die with it, by PR_SET_PDEATHSIG
         (died(AGENT, -15, 3), [died(0, -15, 1), died(1, -15, 2)]),  # somebody terminated torchrun
+        (
+            reported(1, -15, 2),
+            [died(0, -15, 1), died(AGENT, 1, 3)],
+        ),  # torchrun, which ends the others so, has seen it first
+        (died(0, 7, 1), [reported(1, -15, 2), died(AGENT, 1, 3)]),
         (died(1, None, 2), [died(AGENT, 1, 1), died(0, -15, 1)]),  # an unreadable end is no SIGTERM
         (died(1, 0, 5), [raised(0, 1), in_collective(2, 1)]),  # a death outranks exceptions
         (died(0, -15, 5), [raised(1, 1)]),

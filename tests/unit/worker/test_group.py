@@ -44,7 +44,7 @@ from minserve.wire.messages import (
     pack_with_body,
     unpack,
 )
-from minserve.worker import launcher
+from minserve.worker import inquest, launcher
 from minserve.worker.blame import DEATH_GATHER_S
 from minserve.worker.devices import Devices
 from minserve.worker.group import RankGroup
@@ -321,6 +321,24 @@ async def test_a_rank_that_torchrun_terminates_before_all_have_come_is_not_blame
     go.write_text("go\n")
     with pytest.raises(WorkerFailed, match=r"^m/0: rank 0 \(pid 1000\) exited with code 7$"):
         await connect
+
+
+async def test_of_ranks_that_end_by_sigterm_the_one_is_blamed_that_torchrun_has_seen_first(
+    setup: Setup, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for gather in ("SIGTERM_GATHER_S", "SOCKET_GATHER_S"):
+        monkeypatch.setattr(inquest, gather, 30.0)
+    said, go = tmp_path / "said", tmp_path / "go"
+    os.mkfifo(go)
+    setup.agent = ("sh", "-c", f"read line < {go}; cat {said}; exit 1")
+    group = await setup.serving()
+    pids = dict(group.pids)
+    said.write_text(torchrun_says({0: -15, 1: -15}, first=1).replace("pid: 1001", f"pid: {pids[1]}"))
+    for rank in (0, 1):  # the sibling is seen to end before the one that was struck
+        os.kill(pids[rank], signal.SIGTERM)
+        await until(lambda: group.suspected)
+    go.write_text("go\n")
+    assert str(await error_of(group)) == f"m/0: rank 1 (pid {pids[1]}) was killed by SIGTERM"
 
 
 @pytest.mark.parametrize("agent", [("/nonexistent/python",), ("sh",)])
