@@ -98,6 +98,7 @@ class Connection(LaneHandler):
 
     def parse(self, data: bytes) -> None:
         """Bytes for the parser."""
+        between = self._body.is_eof()  # nothing is left to come of an earlier request
         self.feed(data)
         if self._messages:
             message, body = self._messages[-1]
@@ -110,7 +111,7 @@ class Connection(LaneHandler):
                     self._check_heads()
             self._head_size = self._overhead = 0
             self.go_on(data)
-        elif self._waiter is not None:  # nothing is at work, and these bytes have not made a request
+        elif between:  # these bytes have not made a request
             self._head_size += len(data)
             if self._head_size > MAX_HEAD:
                 self._refuse(head_too_large())

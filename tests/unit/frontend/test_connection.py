@@ -62,6 +62,39 @@ async def test_a_head_that_does_not_end_is_a_408_however_busily_it_comes(rig: Ri
     await until(lambda: not rig.connections.connections)
 
 
+async def test_a_head_that_begins_before_the_connection_is_waited_on_is_a_408_too(
+    rig: Rig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A client that sends at once may be faster than the first step of aiohttp's task."""
+    made = Connection.connection_made
+
+    def made_with_bytes(connection: Connection, transport: asyncio.BaseTransport) -> None:
+        made(connection, transport)
+        connection.data_received(b"GET /")
+
+    monkeypatch.setattr(Connection, "connection_made", made_with_bytes)
+    async with rig.client() as client:
+        await arrived(rig, 5)
+        await rig.pass_time(HEADER_S)
+        assert (await client.answer())[0] == 408
+        assert await client.rest() == b""
+
+
+async def test_a_head_that_begins_while_a_request_is_at_work_is_a_408_once_that_is_answered(
+    rig: Rig, held: list[Request]
+) -> None:
+    async with rig.client() as client:
+        client.send(SLOW)
+        await until(lambda: held)
+        client.send(b"GET /")
+        await arrived(rig, 5)
+        held[0].answer(Answer(0, 4), b"late")
+        assert (await client.answer())[0] == 200
+        await rig.pass_time(HEADER_S)
+        assert (await client.answer())[0] == 408
+        assert await client.rest() == b""
+
+
 async def test_a_connection_that_never_sends_a_byte_is_closed_without_a_word(rig: Rig) -> None:
     """An answer to nothing would be taken for one to the request that is just under way."""
     async with rig.client() as client:
