@@ -86,7 +86,8 @@ class RequestProcessor:
         return self.phrase
 
     def add_response_property(self, key: str, value: str) -> None:
-        """Sets a header of the answer."""
+        """Sets a header of the answer, in the place of one whose name differs in case only."""
+        self.response_headers.pop(self._spelling(key), None)
         self.response_headers[key] = value
 
     def get_response_headers(self) -> dict[str, str]:
@@ -94,8 +95,12 @@ class RequestProcessor:
         return self.response_headers
 
     def get_response_header(self, key: str) -> str | None:
-        """One header of the answer."""
-        return self.response_headers.get(key)
+        """One header of the answer, however its name is spelt."""
+        return self.response_headers.get(self._spelling(key))
+
+    def _spelling(self, key: str) -> str:
+        lower = str(key).lower()  # what is no text is refused when the answer is sent
+        return next((name for name in self.response_headers if str(name).lower() == lower), key)
 
 
 class Context:

@@ -12,7 +12,7 @@ from minserve.config.metrics import declared_metrics
 from minserve.config.model import CONFIG_FILE, check_own_handler, read_model_config
 from minserve.config.problems import Problem, describe_value, raise_errors
 from minserve.errors import ConfigError
-from minserve.registry.archive import Manifest, extract, is_archive, read_manifest
+from minserve.registry.archive import ENDINGS, Manifest, extract, is_archive, read_manifest
 from minserve.registry.numbers import resolve_numbers
 from minserve.registry.registration import Registration
 from minserve.registry.source import Source
@@ -159,6 +159,8 @@ def _open(location: Location, into: Path | None) -> tuple[Path, Manifest]:
         if into is None:
             raise ConfigError(f"{directory}: an archive, and there is no place to extract it to")
         directory = extract(directory, into)
+    elif directory.is_file():
+        raise ConfigError(f"{directory}: found a file, allowed: a model directory or an archive ({', '.join(ENDINGS)})")
     else:
         directory = _inner(directory)
     return directory, read_manifest(directory) or Manifest()

@@ -52,6 +52,15 @@ def test_check_takes_the_folders_name_however_it_is_spelt(
     assert run("check", f"m{trailing}").stdout.startswith(f"m: {store}/m\n")
 
 
+def test_check_of_a_file_that_is_no_archive_says_what_is_allowed(run: Run, store: Path) -> None:
+    result = run("check", store / "m" / "handler.py")
+    assert result.exit_code == 1
+    assert (
+        "handler.py: found a file, allowed: a model directory or an archive (.tar.gz, .tgz, .mar, .model, .zip)"
+        in result.stderr
+    )
+
+
 def test_check_of_nothing_is_an_error(run: Run, tmp_path: Path) -> None:
     result = run("check", tmp_path / "none")
     assert result.exit_code == 1

@@ -137,6 +137,15 @@ def test_each_request_has_a_status_and_headers_of_its_own() -> None:
     assert two.get_response_content_type(1) == "text/html"
 
 
+def test_a_header_takes_the_place_of_the_same_name_in_another_case() -> None:
+    """HTTP does not tell them apart, and an answer with two types is one that each client takes another way."""
+    one = context(META)
+    one.set_response_content_type(0, "text/html")
+    one.set_response_header(0, "Content-Type", "text/plain")
+    assert one.get_response_headers(0) == {"Content-Type": "text/plain"}
+    assert one.get_response_content_type(0) == "text/plain"
+
+
 def test_one_status_for_all() -> None:
     two = context(META, META)
     two.set_all_response_status(503)
