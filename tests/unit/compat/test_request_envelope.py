@@ -54,6 +54,24 @@ def test_json_joins_the_instances_of_a_batch_and_parts_the_answers(make_context:
     assert answers == ['{"predictions": ["A", "B"]}', '{"predictions": ["C"]}', '{"predictions": ["D"]}']
 
 
+@pytest.mark.parametrize("answers", [["A", "B"], ["A", "B", "C", "D"]])
+def test_json_gives_no_request_the_answers_to_anothers_instances(make_context: MakeContext, answers: list[str]) -> None:
+    """With one answer too few the second request's would be taken for the first one's."""
+    data: Data = [{"body": {"instances": [1, 2]}}, {"body": {"instances": [3]}}]
+    assert JSONEnvelope(Echo(answers)).handle(data, make_context(count=2)) == []
+    assert JSONEnvelope(Echo(["A"])).handle(data[:1], make_context()) == ['{"predictions": ["A"]}']  # whose, is clear
+
+
+def test_json_refuses_one_request_and_answers_the_others_of_its_batch(make_context: MakeContext) -> None:
+    context, handler = make_context(count=3), Echo(["A", "B"])
+    data: Data = [{"body": {"instances": [1]}}, {"body": "text"}, {"body": {"instances": [2]}}]
+    first, refused, last = JSONEnvelope(handler).handle(data, context)
+    assert handler.got == [1, 2]
+    assert (first, last) == ('{"predictions": ["A"]}', '{"predictions": ["B"]}')
+    assert refused["message"].startswith("the request is not JSON")
+    assert [context.get_response_status(index)[0] for index in range(3)] == [200, 400, 200]
+
+
 @pytest.mark.parametrize(("explain", "key"), [("False", "predictions"), ("True", "explanations")])
 def test_kserve_says_what_the_answers_are(make_context: MakeContext, explain: str, key: str) -> None:
     handler = Echo([0.5, 0.25])

@@ -3,38 +3,63 @@
 from __future__ import annotations
 
 import json
+import logging
 from base64 import b64decode
-from itertools import chain, islice
+from itertools import islice
 from typing import Any
+
+from minserve.handlers.replies import bad_request
 
 from ...utils.util import PredictionException
 from .base import BaseEnvelope
+
+logger = logging.getLogger(__name__)
 
 
 class JSONEnvelope(BaseEnvelope):
     """The handler gets the instances of all requests as one list, and gives as many answers.
 
-    An instance, or a value in one, that is `{"b64": text}` becomes the bytes that the text stands for.
+    An instance, or a value in one, that is `{"b64": text}` becomes the bytes that the text stands for. A request that is
+    of no such format gets a 400; the others of its batch are answered.
     """
 
     def __init__(self, handle_fn: Any) -> None:
         super().__init__(handle_fn)
-        self._lengths: list[int] = []
+        self._instances: list[list[Any] | PredictionException] = []
 
     def parse_input(self, data: Any) -> list[Any]:
         """The instances of all requests.
 
         Raises:
-            PredictionException: with status 400: a request has none.
+            PredictionException: with status 400: no request has any.
         """
-        instances = [_instances_of(row) for row in data]
-        self._lengths = [len(one) for one in instances]
-        return list(chain.from_iterable(instances))
+        self._instances = [_read(row) for row in data]
+        refused = [one for one in self._instances if isinstance(one, PredictionException)]
+        if len(refused) == len(self._instances):
+            raise refused[0]
+        return [instance for one in self._instances if isinstance(one, list) for instance in one]
 
-    def format_output(self, data: Any) -> list[str]:
+    def format_output(self, data: Any) -> list[Any]:
         """JSON text for each request, with the answers to its instances."""
-        answers = iter(data)
-        return [json.dumps({"predictions": list(islice(answers, n))}) for n in self._lengths]
+        answers, lengths = list(data), [len(one) for one in self._instances if isinstance(one, list)]
+        if len(answers) != sum(lengths) and len(lengths) > 1:
+            # Whose is missing cannot be told. No exception, for on the other ranks the handler may return what it likes.
+            logger.error("the handler gave %d answers to %d instances", len(answers), sum(lengths))
+            return []
+        rest = iter(answers)
+        return [
+            json.dumps({"predictions": list(islice(rest, len(one)))})
+            if isinstance(one, list)
+            else bad_request(self.context, index, str(one))
+            for index, one in enumerate(self._instances)
+        ]
+
+
+def _read(row: dict[str, Any]) -> list[Any] | PredictionException:
+    try:
+        return _instances_of(row)
+    except PredictionException as error:
+        return error
 
 
 def _instances_of(row: dict[str, Any]) -> list[Any]:
