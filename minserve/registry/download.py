@@ -106,7 +106,11 @@ async def fetch(url: str, store: Path, allowed_urls: Sequence[str], limit: int =
 
 def remove_abandoned(store: Path) -> None:
     """Removes what a server had fetched of an archive before it was killed: whoever still fetches has a lock on it."""
-    for part in store.glob(".*.part"):
+    try:
+        parts = list(store.glob(".*.part"))
+    except OSError:  # a store that may not be read: `locate` says so
+        return
+    for part in parts:
         if _PART_NAME.fullmatch(part.name) is None or not part.is_file():
             continue
         with suppress(OSError), part.open("rb") as file:

@@ -58,8 +58,10 @@ def locate(store: Path, wanted: Sequence[str], lenient: bool = False) -> list[Lo
     Raises:
         StartupError: the store or a location is not there.
     """
-    if not store.is_dir():
+    if not os.path.isdir(store):
         raise StartupError(f"model store {store}: no such directory")
+    if not os.access(store, os.R_OK | os.X_OK):
+        raise StartupError(f"model store {store}: this user may not read it")
     if not lenient and _is_model(store) and not any(is_archive(path) for path in store.iterdir()):
         raise StartupError(f"model store {store} is itself a model directory; give the folder that holds it")
     locations: list[Location] = []
@@ -141,7 +143,7 @@ def _split(item: str) -> tuple[str | None, str]:
 
 
 def _is_model(path: Path) -> bool:
-    return any((path / name).exists() for name in (CONFIG_FILE, "handler.py", MANIFEST))
+    return any(os.path.exists(path / name) for name in (CONFIG_FILE, "handler.py", MANIFEST))  # `path.exists` may raise
 
 
 def _all(store: Path) -> list[Location]:
@@ -152,6 +154,8 @@ def _all(store: Path) -> list[Location]:
             continue
         if _is_model(path) if path.is_dir() else is_archive(path):
             locations.append(Location(Path(os.path.abspath(path)), url=path.name))
+        elif path.is_dir() and not os.access(path, os.R_OK | os.X_OK):  # such as a volume's lost+found
+            logger.warning("%s: skipped, this user may not read it", path)
         elif path.is_dir():
             logger.warning("%s: skipped, it has neither a %s nor a handler.py nor a %s", path, CONFIG_FILE, MANIFEST)
     return locations

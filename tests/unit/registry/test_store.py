@@ -1,9 +1,13 @@
+import errno
 import logging
+import os
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from minserve.errors import ModelNotFound, StartupError
+from minserve.registry.download import remove_abandoned
 from minserve.registry.store import Location, find_model, locate
 
 
@@ -33,6 +37,39 @@ def test_every_model_directory_of_the_store_is_served_by_name(store: Path, caplo
     assert caplog.messages == [
         f"{store}/notes: skipped, it has neither a model-config.yaml nor a handler.py nor a MAR-INF/MANIFEST.json"
     ]
+
+
+@pytest.fixture
+def locked(monkeypatch: pytest.MonkeyPatch) -> list[Path]:
+    """Folders that this user may not read, which the file system does not enforce where tests run as root."""
+    folders: list[Path] = []
+    stat, access = os.stat, os.access
+
+    def refusing_stat(path: str | Path, **options: Any) -> os.stat_result:
+        if any(folder in Path(os.fspath(path)).parents for folder in folders):
+            raise PermissionError(errno.EACCES, "Permission denied", str(path))
+        return stat(path, **options)
+
+    monkeypatch.setattr(os, "stat", refusing_stat)
+    monkeypatch.setattr(os, "access", lambda path, mode: Path(path) not in folders and access(path, mode))
+    return folders
+
+
+def test_a_folder_that_may_not_be_read_stops_no_start(
+    store: Path, locked: list[Path], caplog: pytest.LogCaptureFixture
+) -> None:
+    """A volume's lost+found is such a one."""
+    locked.append(store / "notes")
+    with caplog.at_level(logging.WARNING):
+        assert shown(store, ["all"]) == [("store/a", None), ("store/b", None)]
+    assert caplog.messages == [f"{store}/notes: skipped, this user may not read it"]
+
+
+def test_a_store_that_may_not_be_read_is_an_error_that_says_so(store: Path, locked: list[Path]) -> None:
+    locked.append(store)
+    remove_abandoned(store)  # comes first at a start
+    with pytest.raises(StartupError, match="store: this user may not read it"):
+        locate(store, ["all"])
 
 
 def test_a_link_in_the_store_is_served_under_its_own_name(store: Path) -> None:
