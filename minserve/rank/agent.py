@@ -35,11 +35,11 @@ def run(arguments: Sequence[str]) -> None:
 
     config = _config(arguments)
     agent = os.getpid()
-    _guard_forks(agent)
+    made = _guard_forks(agent)
     logging.getLogger(multiprocessing.api.__name__).addFilter(_without_traceback)
 
     def rank() -> None:
-        _become_rank(agent)
+        _become_rank(agent, made)
 
     rank.__name__ = rank.__qualname__ = "minserve.rank"  # in what torchrun reports
     record(elastic_launch(config, rank))()
@@ -70,14 +70,22 @@ def _without_traceback(record: logging.LogRecord) -> bool:
     return True
 
 
-def _guard_forks(agent: int) -> None:
+def _guard_forks(agent: int) -> set[int]:
     """A signal that comes while a rank is forked waits, and then meets the rank's own handlers, not torchrun's.
 
     Those would raise in the middle of the fork, and the rank would seem to have exited by itself.
+
+    Returns:
+        In a rank the files that the fork has opened there: those of C libraries that set themselves up anew in the child.
+        libuv is one, by which the agent's store listens.
     """
+    before: set[str] = set()
+    made: set[int] = set()
 
     def block() -> None:
         if os.getpid() == agent:
+            before.clear()
+            before.update(forked.open_files().values())
             signal.pthread_sigmask(signal.SIG_BLOCK, _HANDLED)
 
     def in_agent() -> None:
@@ -86,18 +94,21 @@ def _guard_forks(agent: int) -> None:
 
     def in_rank() -> None:
         if os.getppid() == agent:
+            made.update(number for number, file in forked.open_files().items() if file not in before)
             forked.reset_signals()
 
     os.register_at_fork(before=block, after_in_parent=in_agent, after_in_child=in_rank)
+    return made
 
 
-def _become_rank(agent: int) -> NoReturn:
+def _become_rank(agent: int, made: set[int]) -> NoReturn:
     """In the rank, with its environment set, deep inside multiprocessing. It never comes back."""
     os.setsid()
     if not process.die_with(agent):
         os._exit(1)
     if not os.environ.get("PYTHONFAULTHANDLER"):
         faulthandler.disable()  # the agent's code has enabled it
-    forked.close_files()  # their owners stay referenced by the frames above to the end
+    # What the fork has made must stay: in the handler's own forks libuv closes it by number, whatever has that number then.
+    forked.close_files(but=made)  # the others' owners stay referenced by the frames above to the end
     sys.stdin = open(0, closefd=False)  # noqa: SIM115  # multiprocessing's is among those closed
     forked.leave(forked.run_rank)

@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Mapping
+    from collections.abc import Callable, Container, Iterable, Mapping
 
 # What may be another than the launcher's, because nobody reads it before the fork: minserve, the collectives, CUDA when it
 # starts, and what is made up for here. Of any other variable torch, libgomp or Python may have read the old value.
@@ -111,12 +111,20 @@ def _modules(folder: str) -> Iterable[str]:
         return
 
 
-def close_files() -> None:
-    """Closes all but stdin, stdout and stderr. Their owners must never come to close the numbers once more."""
-    for name in os.listdir("/proc/self/fd"):  # not os.closerange: up to the limit it may be a billion calls
-        if int(name) > 2:
-            with contextlib.suppress(OSError):  # that of the listing itself
-                os.close(int(name))
+def open_files() -> dict[int, str]:
+    """What is open in this process, by number: a path, or such as `pipe:[123]`, which is no other pipe's."""
+    files = {}
+    for name in os.listdir("/proc/self/fd"):  # not os.closerange's way: up to the limit it may be a billion calls
+        with contextlib.suppress(OSError):  # the listing itself
+            files[int(name)] = os.readlink(f"/proc/self/fd/{name}")
+    return files
+
+
+def close_files(but: Container[int] = ()) -> None:
+    """Closes all but stdin, stdout, stderr and these. Their owners must never come to close the numbers once more."""
+    for number in open_files():
+        if number > 2 and number not in but:
+            os.close(number)
 
 
 def reset_signals() -> None:

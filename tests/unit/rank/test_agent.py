@@ -32,6 +32,36 @@ def test_a_rank_has_the_signals_of_a_new_process_and_the_agent_keeps_its_own() -
     assert ended.stdout == "True set()\nTrue set()\n"
 
 
+REOPENING = """
+import os
+from minserve.rank import forked
+from minserve.rank.agent import _guard_forks
+pipe = [os.open(os.devnull, os.O_RDONLY), *os.pipe()][1:]
+def as_libuv():
+    for number in pipe:
+        try: os.close(number)
+        except OSError: pass
+    pipe[:] = os.pipe()
+os.register_at_fork(after_in_child=as_libuv)
+made = _guard_forks(os.getpid())
+if os.fork() == 0:
+    forked.close_files(but=made)
+    mine = {number: os.fstat(number).st_ino for number in [*os.pipe(), *os.pipe()]}
+    if os.fork() == 0:
+        print(made == set(pipe), all(os.fstat(number).st_ino == mine[number] for number in mine), flush=True)
+        os._exit(0)
+    os.wait()
+    os._exit(0)
+os.wait()
+"""
+
+
+def test_what_a_rank_forks_finds_the_ranks_files_under_their_numbers() -> None:
+    """A library that opens its files anew in each fork closes the numbers that they had."""
+    ended = subprocess.run([sys.executable, "-c", REOPENING], capture_output=True, text=True, timeout=60, check=True)
+    assert ended.stdout == "True True\n"
+
+
 def test_the_agent_never_asks_cuda_whose_forks_would_have_none(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     def available() -> bool:
         pytest.fail("this starts CUDA")

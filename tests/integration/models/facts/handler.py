@@ -9,6 +9,7 @@ import os
 import random
 import resource
 import signal
+import stat
 import sys
 from pathlib import Path
 
@@ -83,6 +84,20 @@ def children():
     return [int(batch.sum()) for batch in loaded] + [power]
 
 
+def lost():
+    """How many of this process's files are others in a process that it forks. A library may have pipes of its own there."""
+    free = [os.open(os.devnull, os.O_RDONLY) for _ in range(8)]
+    open_now = [int(path.name) for path in Path("/proc/self/fd").iterdir() if path.is_symlink()]
+    mine = {number: os.fstat(number) for number in open_now}
+    forked = os.fork()
+    if forked == 0:
+        os._exit(sum(os.fstat(n).st_ino != one.st_ino for n, one in mine.items() if not stat.S_ISFIFO(one.st_mode)))
+    code = os.waitstatus_to_exitcode(os.waitpid(forked, 0)[1])
+    for number in free:
+        os.close(number)
+    return code
+
+
 def die(how):
     if how == "exit":
         sys.exit(7)
@@ -99,6 +114,8 @@ class Facts:
         asked = data[0]["body"]
         if asked == "children":
             mine = children()
+        elif asked == "lost":
+            mine = lost()
         elif asked == "chance":
             mine = [random.random(), float(numpy.random.rand()), float(torch.rand(1))]
         elif asked in ("SIGKILL", "SIGSEGV", "exit"):
