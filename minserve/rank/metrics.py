@@ -115,7 +115,12 @@ class CachingMetric:
         try:
             labels = self._labels(dimension_values)
             number = self._number(value)
-        except (TypeError, ValueError) as error:
+        except (
+            TypeError,
+            ValueError,
+            OverflowError,
+            RuntimeError,
+        ) as error:  # the last two of huge integers and tensors
             logger.error("metric %s is not updated: %s", self.metric_name, error)
             return
         name, unit = _sendable(self.metric_name), _sendable(self.unit)

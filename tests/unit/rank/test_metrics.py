@@ -45,6 +45,8 @@ def test_a_unit_has_torchserves_full_name(unit: str, full: str) -> None:
         (MetricTypes.COUNTER, math.inf, ["x"], "a counter cannot grow by inf"),
         (MetricTypes.GAUGE, "1", ["x"], "'1' is not a number"),
         (MetricTypes.GAUGE, None, ["x"], "NoneType"),
+        (MetricTypes.GAUGE, 10**400, ["x"], "int too large"),
+        (MetricTypes.GAUGE, torch.ones(2), ["x"], "element"),
         (MetricTypes.GAUGE, 1, [], "its dimensions are ['a'], the values are []"),
         (MetricTypes.GAUGE, 1, ["x", "y"], "the values are ['x', 'y']"),
         (MetricTypes.GAUGE, 1, "x", "the values are 'x'"),
