@@ -9,7 +9,7 @@ from typing import Annotated
 
 import typer
 
-from minserve.errors import MinServeError
+from minserve.errors import ConfigError, MinServeError
 
 
 def check(
@@ -29,6 +29,7 @@ def check(
         location = Location(Path(os.path.abspath(model_dir)))
         with tempfile.TemporaryDirectory(prefix="minserve-check-") as folder:
             model = validate_model(location, options, inventory, into=Path(folder) / "model", strict=True)
+            _compile(model.spec.model_dir / model.spec.handler.partition(":")[0])
         description = describe_launches(model, inventory, os.environ)
     except MinServeError as error:
         typer.echo(str(error), err=True)
@@ -36,3 +37,17 @@ def check(
     for warning in model.warnings:
         typer.echo(f"warning: {warning}", err=True)
     typer.echo(description)
+
+
+def _compile(handler: Path) -> None:
+    """Finds what is no Python without running any; a shipped handler, or a module by its name, has no such file."""
+    if not handler.is_file():
+        return
+    try:
+        compile(handler.read_bytes(), handler, "exec", dont_inherit=True)
+    except OSError as error:
+        raise ConfigError(f"{handler}: cannot be read: {error.strerror}") from None
+    except (SyntaxError, ValueError) as error:  # ValueError: a zero byte, before Python 3.12
+        line = f":{error.lineno}" if isinstance(error, SyntaxError) and error.lineno else ""
+        what = error.msg if isinstance(error, SyntaxError) else str(error)
+        raise ConfigError(f"{handler}{line}: found a syntax error ({what}), allowed: Python") from None

@@ -52,6 +52,21 @@ def test_check_takes_the_folders_name_however_it_is_spelt(
     assert run("check", f"m{trailing}").stdout.startswith(f"m: {store}/m\n")
 
 
+@pytest.mark.parametrize(
+    ("code", "error"),
+    [
+        ("import os\ndef handle(data, context:\n", ":2: found a syntax error ('(' was never closed), allowed: Python"),
+        ("def handle(data, context): pass\0", "found a syntax error (source code string cannot contain null bytes)"),
+    ],
+)
+def test_check_finds_a_handler_that_is_no_python(run: Run, store: Path, code: str, error: str) -> None:
+    (store / "m" / "handler.py").write_text(code)
+    result = run("check", store / "m")
+    assert result.exit_code == 1
+    assert f"{store}/m/handler.py" in result.stderr
+    assert error in result.stderr
+
+
 def test_check_of_a_file_that_is_no_archive_says_what_is_allowed(run: Run, store: Path) -> None:
     result = run("check", store / "m" / "handler.py")
     assert result.exit_code == 1
