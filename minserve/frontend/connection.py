@@ -111,8 +111,11 @@ class Connection(LaneHandler):
                     self._check_heads()
             self._head_size = self._overhead = 0
             self.go_on(data)
-        elif between:  # these bytes have not made a request
-            self._head_size += len(data)
+        elif (
+            between
+        ):  # these bytes have not made a request; empty lines, which some clients send behind a body, begin none
+            if self._head_size or data.strip(b"\r\n"):
+                self._head_size += len(data)
             if self._head_size > MAX_HEAD:
                 self._refuse(head_too_large())
         elif not self._body.is_eof():

@@ -95,6 +95,16 @@ async def test_a_head_that_begins_while_a_request_is_at_work_is_a_408_once_that_
         assert await client.rest() == b""
 
 
+async def test_empty_lines_are_no_head_that_is_late(rig: Rig) -> None:
+    """Some clients send one behind a body; a 408 for it would be taken for the answer to the next request."""
+    async with rig.client() as client:
+        await until(lambda: rig.connections.connections)
+        (connection,) = rig.connections.connections
+        connection.data_received(b"\r\n")
+        await rig.pass_time(HEADER_S)
+        assert await client.rest() == b""
+
+
 async def test_a_connection_that_never_sends_a_byte_is_closed_without_a_word(rig: Rig) -> None:
     """An answer to nothing would be taken for one to the request that is just under way."""
     async with rig.client() as client:
