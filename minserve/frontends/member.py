@@ -33,6 +33,8 @@ logger = logging.getLogger(__name__)
 BACKOFF_S = (0.0, 1.0, 2.0, 3.0, 5.0)
 STABLE_S = 60.0
 START_TIMEOUT_S = 60.0  # a process that does HTTP alone is there in one or two
+PULSE_S = 2.0
+SILENT_PULSES = 5  # counted, not timed: a server that was stopped itself has not asked meanwhile
 
 
 class Member:
@@ -70,6 +72,8 @@ class Member:
         self._timer: asyncio.TimerHandle | None = None
         self._stopping = False
         self._gathered: asyncio.Future[None] | None = None
+        self._pulse: asyncio.TimerHandle | None = None
+        self._silent = 0
         self.opened = asyncio.Event()
         self.ended = asyncio.Event()
         self.ended.set()
@@ -146,15 +150,29 @@ class Member:
     async def gather(self) -> None:
         """Waits until it has told what it has measured."""
         if self.opened.is_set():
-            if self._gathered is None:
-                self._gathered = self._loop.create_future()
-                self.channel.send(Kind.GATHER, 1)
-            await asyncio.shield(self._gathered)  # several may wait
+            await asyncio.shield(self._ask())  # several may wait
+
+    def _ask(self) -> asyncio.Future[None]:
+        if self._gathered is None:
+            self._gathered = self._loop.create_future()
+            self.channel.send(Kind.GATHER, 1)
+        return self._gathered
+
+    def _feel_pulse(self) -> None:
+        """Kills it when it answers nothing any more: its clients shall see a closed connection, and not wait for ever."""
+        self._silent = 0 if self._gathered is None else self._silent + 1
+        if self._silent >= SILENT_PULSES:
+            self._lost(f"has given no sign of life for {SILENT_PULSES * PULSE_S:g} s")
+            return
+        self._ask()
+        self._pulse = self._loop.call_later(PULSE_S, self._feel_pulse)
 
     def _received(self, frame: Frame) -> None:
         if frame.kind is Kind.OPEN:
             self._window.ready()
             self.opened.set()
+            self._silent = 0
+            self._feel_pulse()
             return
         self._door.received(frame)
         if frame.kind is Kind.RECORDED and frame.seq:
@@ -177,6 +195,8 @@ class Member:
         code = self._process.wait()
         self.opened.clear()
         self.ended.set()
+        if self._pulse is not None:
+            self._pulse.cancel()
         self.channel.abort()
         self._door.close()
         self._handover.close()

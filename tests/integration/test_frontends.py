@@ -186,6 +186,26 @@ def test_a_frontend_process_that_is_killed_takes_its_own_clients_along_and_comes
     until(lambda: counted(running, "minserve_in_flight_bytes") == 0)
 
 
+def test_a_frontend_process_that_is_stopped_is_ended_and_its_clients_do_not_wait_for_ever() -> None:
+    with server(DEMO_MODELS / "echo", options=TWO) as running, ExitStack() as stack:
+        victim, other = frontends(running)
+        clients = [connect(running, stack) for _ in range(6)]
+        for client in clients:
+            ask(client, b"hello")
+        victim.send_signal(signal.SIGSTOP)
+        lost = 0
+        for client in clients:
+            try:
+                ask(client, b"hello")  # waits at most 20 s, see `connect`
+            except ConnectionError:
+                lost += 1
+        assert 1 <= lost < len(clients)
+        assert other.is_running()
+        until(lambda: len(frontends(running)) == 2 and victim not in frontends(running))
+        silent = rf"frontend process \d \(pid {victim.pid}\): has given no sign of life for 10 s"
+        assert re.search(silent, running.log)
+
+
 def test_a_client_that_leaves_its_stream_ends_it(running: RunningServer) -> None:
     with ExitStack() as stack:
         client = connect(running, stack)
