@@ -140,7 +140,7 @@ def describe_machine(plan: Plan) -> str:
     return (
         f"{time.strftime('%Y-%m-%d')}, {psutil.cpu_count()} cores ({_processor()}), load average before {load:.1f}, "
         f"Python {platform.python_version()}, {versions}; load from {plan.generator} on the same machine, "
-        f"{plan.rounds} rounds of {plan.seconds} s."
+        f"rounds of {plan.seconds} s, {plan.rounds} of them."
     )
 
 
