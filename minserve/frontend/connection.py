@@ -111,9 +111,8 @@ class Connection(LaneHandler):
                     self._check_heads()
             self._head_size = self._overhead = 0
             self.go_on(data)
-        elif (
-            between
-        ):  # these bytes have not made a request; empty lines, which some clients send behind a body, begin none
+        elif between:
+            # These bytes have not made a request. Empty lines, which some clients send behind a body, begin none.
             if self._head_size or data.strip(b"\r\n"):
                 self._head_size += len(data)
             if self._head_size > MAX_HEAD:

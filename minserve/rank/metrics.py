@@ -120,7 +120,7 @@ class CachingMetric:
             ValueError,
             OverflowError,
             RuntimeError,
-        ) as error:  # the last two of huge integers and tensors
+        ) as error:  # the last two: of huge integers, of tensors
             logger.error("metric %s is not updated: %s", self.metric_name, error)
             return
         name, unit = _sendable(self.metric_name), _sendable(self.unit)
