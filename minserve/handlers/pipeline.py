@@ -12,6 +12,8 @@ Our own send and receive, not `torch.distributed.pipelining`: its stages have a 
 
 from __future__ import annotations
 
+import contextlib
+import functools
 from collections import deque
 from collections.abc import Callable, Sequence
 
@@ -34,6 +36,8 @@ Stage = Callable[..., Tensor | Sequence[Tensor]]
 # Messages that the next stage (or a socket) may not have taken yet when this one has the following ready: it works on one
 # batch while the one before waits there. More would be memory for nothing.
 MOST_UNTAKEN = 1
+
+_of_rank: list[Pipeline] = []  # a rank has one model
 
 
 class Pipeline:
@@ -66,8 +70,10 @@ class Pipeline:
         self._runs_outside = 0  # of batches: while the handler loads, or without a server around it
         self._early: dict[Ticket, Message] = {}  # what came for a later batch
         self._untaken: deque[Sending] = deque()
+        self._told: list[Sending] = []  # failures, of which nothing that follows has told yet that they are out
         if group is not None and self.stages > 1:
             self._outlet, self._inlet = ring.join(group, device)
+            _of_rank.append(self)
             if device.type == "cuda":
                 self._results: torch.cuda.Stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]  # torch has no types for it
             self._offer_overlap(first_stage)
@@ -114,7 +120,7 @@ class Pipeline:
         batch, issued = streaming.current(), issued_collectives()
         try:
             if self.is_first:
-                return self._run_first(stage, inputs, self._ticket(batch), batch is not None, issued)
+                return self._run_first(stage, inputs, self._ticket(batch), batch, issued)
             self._run_later(stage, self._ticket(batch), batch is not None)
             return None
         finally:
@@ -126,21 +132,35 @@ class Pipeline:
             self._runs_outside += 1
             return Ticket(0, self._runs_outside)
         batch.runs += 1
+        batch.at_end = None  # the handler has caught what failed, and goes on
         return Ticket(batch.seq, batch.runs)
 
     def _run_first(
-        self, stage: Stage, inputs: tuple[Tensor, ...], ticket: Ticket, in_batch: bool, issued: int
+        self, stage: Stage, inputs: tuple[Tensor, ...], ticket: Ticket, batch: streaming.Chunks | None, issued: int
     ) -> tuple[Tensor, ...]:
         carried = self._work(stage, inputs, ticket)
+        told, self._told = self._told, []  # kept until this run is over, for then they are out, too
         sending = self._outlet.send(self._message(carried, ticket))
         # It takes what comes round even if it has failed itself: a message left behind would be out of step.
-        answer = self._await_result(ticket, in_batch, issued)
+        answer = self._await_result(ticket, batch is not None, issued)
         sending.wait()  # the result says that it is over
+        del told
         if isinstance(carried, StageError):
             raise carried
-        if answer.failed:
-            raise unpack_failure(answer.tensors[0], self._needs)
-        return answer.tensors
+        if not answer.failed:
+            return answer.tensors
+        failure = unpack_failure(answer.tensors[0], self._needs)
+        if batch is not None and self._ranks.index(failure.origin) > 1:
+            batch.at_end = functools.partial(_tell_those_between, failure, Ticket(ticket.seq, ticket.run + 1))
+        raise failure
+
+    def _tell(self, failure: StageError, ticket: Ticket) -> None:
+        """Lets a run fail that this stage does not come to.
+
+        Nothing is waited for: whoever has left the batch takes the message when the next one comes.
+        """
+        with contextlib.suppress(RuntimeError):  # the next stage has ended, which the server sees
+            self._told.append(self._outlet.send(pack_failure(failure, self._device, ticket)))
 
     def _run_later(self, stage: Stage, ticket: Ticket, in_batch: bool) -> None:
         received = self._receive_activations(ticket)
@@ -193,6 +213,8 @@ class Pipeline:
         while ticket not in self._early:
             message = self._inlet.receive()
             came = message.ticket
+            if message.failed and came.seq < ticket.seq:
+                continue  # for those that have not left that batch, see `_tell_those_between`
             if came != ticket and not (came.seq > ticket.seq and came.run == 1 and ticket.run > 1):
                 raise RuntimeError(f"pipeline out of step: {came} came to stage {self.stage}, awaited: {ticket}")
             self._early[came] = message
@@ -219,6 +241,16 @@ class Pipeline:
             message = self._inlet.receive()
         self._results.synchronize()
         return message
+
+
+def _tell_those_between(failure: StageError, ticket: Ticket) -> None:
+    """The first stage leaves a batch after a failure: the next run fails, too, for the stages that wait for it.
+
+    They lie in front of the one that has failed, and have heard nothing of it. Which pipeline they run next is their affair.
+    """
+    for pipeline in _of_rank:
+        if pipeline.is_first:
+            pipeline._tell(failure, ticket)
 
 
 def _first_stage(mesh: DeviceMesh) -> list[int]:

@@ -215,11 +215,15 @@ class Rank:
                 answers = collect(handler.handle(data, context), stream)
                 if self._overlap is not None:
                     self._overlap.handled()
+                if stream.at_end is not None:
+                    stream.at_end()
                 self._outbox.answer(answers, stream, context, seq, count, time.monotonic() - began)
         except Refused as refusal:
             self._outbox.refused(refusal, seq)
         except (Exception, Cancelled) as error:
             issued = issued_collectives() - before - stream.apart
+            if stream.at_end is not None:
+                stream.at_end()
             stream.end()
             failure = self._failure(error, stream, issued)
             if stream.cancelled:  # every rank leaves at the same step; what its threads are still at comes first

@@ -57,6 +57,7 @@ class Chunks(ABC):
         step: how many have been taken.
         refused: a chunk could not be sent, and the server knows.
         runs: how often a pipeline has been run in the batch.
+        at_end: what a pipeline has to do when the handler is through with the batch.
         apart: collectives that were issued in this process while it ran: its own, and those of batches beside this one.
     """
 
@@ -78,6 +79,7 @@ class Chunks(ABC):
         self.step = 0
         self.refused = False
         self.runs = 0
+        self.at_end: Callable[[], None] | None = None
         self.apart = 0
         self._ended = False
         self._sending = threading.RLock()

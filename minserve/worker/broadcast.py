@@ -62,6 +62,7 @@ class Broadcast:
         on_event: something that costs no restart but that an operator wants to know: kind, detail, rank, pid.
         meters: of the model version.
         behind: whether a rank is still at work on an earlier batch: rank, seq → it is.
+        left: whether a rank is through with a batch: rank, seq → it is.
         memory: shared with the ranks, for large bodies.
 
     Attributes:
@@ -84,6 +85,7 @@ class Broadcast:
         on_event: Callable[[EventKind, str, int, int], None],
         meters: ModelMeters | None = None,
         behind: Callable[[int, int], bool] = lambda rank, seq: False,
+        left: Callable[[int, int], bool] = lambda rank, seq: False,
         memory: Memory | None = None,
     ) -> None:
         self._clock = clock
@@ -106,7 +108,9 @@ class Broadcast:
         self._timing = Timing(self._meters)
         self._places = Places(clock, limits.in_flight)
         self._time = TimeLimits(clock, links, limits, self._outstanding, self._silent, self._overdue)
-        self._failures = Failures(clock, links, limits, who, self._outstanding, behind, on_broken, on_event)
+        self._failures = Failures(
+            *(clock, links, limits, who, self._outstanding, behind, left, self._finish, on_broken, on_event)
+        )
         self.batches_done = 0
         self.first_seq = 0
         self.recorder: Recorder | None = None
@@ -243,7 +247,7 @@ class Broadcast:
         if self._memory is not None:
             self._memory.requests.rest(self._clock.time())
         for batch in list(self._outstanding.values()):
-            if batch.requests and all(request.left for request in batch.requests):
+            if batch.requests and not batch.leaving and all(request.left for request in batch.requests):
                 self._let_go(batch)
 
     def _let_go(self, batch: Outstanding) -> None:
@@ -270,7 +274,7 @@ class Broadcast:
                     self._failures.late(link, frame.seq, unpack(Failure, frame.meta))
                     return
                 if frame.kind is Kind.DONE and self._limits.reply_after_all:
-                    return  # rank 0 alone has ended the batch: its answer was refused, or a pipeline passed a failure on
+                    return  # rank 0 alone has ended the batch: its answer was refused
             raise WireError(f"{frame.kind.name} for batch {frame.seq}, which is not under way (last sent: {self._seq})")
         if frame.kind is Kind.ERROR:
             self._failed(link, batch, unpack(Failure, frame.meta))

@@ -2,12 +2,15 @@
 
 A rank that raised goes no further until it gets CONTINUE, which is sent only when all ranks have left the batch with the
 same error. An exception on some ranks ends the worker: its ranks are no longer at the same place.
+
+In a pipeline a failure goes on to the later stages, and to the first. Those in front of the one that failed may have left
+the batch before, with their part done. So it is over when all have left it, in either way; its clients do not wait for that.
 """
 
 from __future__ import annotations
 
 import logging
-from collections import deque
+import math
 from typing import TYPE_CHECKING
 
 from minserve.dispatch.clock import Alarm
@@ -25,6 +28,8 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
+LOOK_S = 0.01  # at ranks that have only to come to the end of a batch
+
 
 class Failures:
     """Judges what the ranks of one worker report of their batches.
@@ -32,6 +37,8 @@ class Failures:
     Args:
         outstanding: the batches under way, by seq, oldest first.
         behind: whether a rank is still at work on an earlier batch: rank, seq → it is.
+        left: whether a rank is through with a batch: rank, seq → it is.
+        on_over: a batch is over, some time after its last report.
         who, on_broken, on_event: see `Broadcast`.
 
     Attributes:
@@ -46,6 +53,8 @@ class Failures:
         who: str,
         outstanding: Mapping[int, Outstanding],
         behind: Callable[[int, int], bool],
+        left: Callable[[int, int], bool],
+        on_over: Callable[[Outstanding], None],
         on_broken: Callable[[Cause, int], None],
         on_event: Callable[[EventKind, str, int, int], None],
     ) -> None:
@@ -55,16 +64,16 @@ class Failures:
         self._who = who
         self._outstanding = outstanding
         self._behind = behind
+        self._left = left
+        self._on_over = on_over
         self._on_broken = on_broken
         self._on_event = on_event
-        self._grace_alarm = Alarm(clock, self._grace_over)
+        self._alarm = Alarm(clock, self._look)
         self.causes: list[Cause] = []
-        # Seq, type and place of the latest failures in step: a rank's report of one may come after its batch is over.
-        self._continued: deque[tuple[int, str, str]] = deque(maxlen=64)
 
     def stop(self) -> None:
         """The group is gone: nothing is in doubt any more."""
-        self._grace_alarm.stop()
+        self._alarm.stop()
 
     def report(self, link: RankLink, batch: Outstanding, failure: Failure) -> bool:
         """Takes a rank's ERROR about a batch under way. Returns whether the batch is over with it.
@@ -85,12 +94,19 @@ class Failures:
             self._answer_failed(batch, link, failure)
             return False
         batch.failures[link.rank] = failure
-        batch.causes.append(_cause(link, failure, self._clock.time(), probe=not batch.requests))
+        passed_on = len(failure.needs) < len(self._links)
+        raised = self._links[failure.origin] if passed_on else link
+        batch.causes.append(_cause(raised, failure, self._clock.time(), probe=not batch.requests))
         self.causes.append(batch.causes[-1])
         if _in_step(batch, failure) and batch.requests:
-            self._answer_in_step(batch)
-            return True
-        if len(batch.failures) == len(self._links):
+            if batch.leaving is None:
+                batch.leaving = batch.failures[min(batch.failures)]  # the same whichever rank's report came last
+                self._answer_failed(batch, self._links[batch.leaving.origin], batch.leaving)
+            if self._all_have_left(batch):
+                self._let_continue(batch)
+                return True
+            self._doubt(batch)
+        elif len(batch.failures) == len(self._links) or batch.leaving is not None:
             self.out_of_step(batch)
         elif not self._passed_on(batch):
             self._doubt(batch)
@@ -99,21 +115,17 @@ class Failures:
     def late(self, link: RankLink, seq: int, failure: Failure) -> None:
         """Takes a rank's ERROR about a batch that rank 0 has ended."""
         self._log(link, seq, failure)
-        if (seq, failure.type_name, failure.place) not in self._continued:
-            self.causes.append(_cause(link, failure, self._clock.time()))
-            self._break()
+        self.causes.append(_cause(link, failure, self._clock.time()))
+        self._break()
 
     def out_of_step(self, batch: Outstanding) -> None:
         """The ranks are not at the same place: nothing that they send is to be trusted."""
         self.causes += [cause for cause in batch.causes if cause not in self.causes]
         self._break()
 
-    def _answer_in_step(self, batch: Outstanding) -> None:
-        # With a pipeline another rank may be a batch ahead and have raised there: that one stays in doubt.
-        self.causes = [cause for cause in self.causes if cause not in batch.causes]
-        first = batch.failures[min(batch.failures)]  # the same whichever rank's report came last
-        self._let_continue(batch, first)
-        self._answer_failed(batch, self._links[first.origin], first)
+    def _all_have_left(self, batch: Outstanding) -> bool:
+        there = batch.failures.keys() | batch.done
+        return all(link.rank in there or self._left(link.rank, batch.seq) for link in self._links)
 
     def _left_its_stream(self, link: RankLink, batch: Outstanding, failure: Failure) -> bool:
         """A rank has come to where its stream was cancelled. Others may be steps behind; the batch's own limit governs."""
@@ -124,14 +136,15 @@ class Failures:
         if len(batch.failures) < len(self._links):
             return False
         if _in_step(batch, failure):
-            self._let_continue(batch, failure)
+            self._let_continue(batch)
             return True
         self.out_of_step(batch)
         return False
 
-    def _let_continue(self, batch: Outstanding, failure: Failure) -> None:
+    def _let_continue(self, batch: Outstanding) -> None:
         """Every rank has left the batch at the same place: they may go on."""
-        self._continued.append((batch.seq, failure.type_name, failure.place))
+        # With a pipeline another rank may be a batch ahead and have raised there: that one stays in doubt.
+        self.causes = [cause for cause in self.causes if cause not in batch.causes]
         for link in self._links:
             link.write([header(Kind.CONTINUE, batch.seq, 0, 0)])
 
@@ -149,22 +162,31 @@ class Failures:
         return kind == "own" and not others and not there and len(needs) < len(self._links)
 
     def _doubt(self, batch: Outstanding) -> None:
-        """The ranks that have not reported have errorGrace to say the same."""
+        """The ranks that have not reported have errorGrace to say the same, or where that is enough, to leave the batch."""
         batch.doubted_until = min(batch.doubted_until, self._clock.time() + self._limits.error_grace)
-        self._grace_alarm.at(batch.doubted_until)
+        self._look_again(batch)
 
-    def _grace_over(self) -> None:
+    def _look_again(self, batch: Outstanding) -> None:
+        soon = self._clock.time() + LOOK_S if batch.leaving is not None else math.inf
+        self._alarm.at(min(batch.doubted_until, soon))
+
+    def _look(self) -> None:
         now = self._clock.time()
-        for batch in self._outstanding.values():
+        for batch in list(self._outstanding.values()):
+            if batch.leaving is not None and self._all_have_left(batch):
+                self._let_continue(batch)
+                self._on_over(batch)
+                continue
             if batch.doubted_until <= now:
                 if not any(self._behind(link.rank, batch.seq) for link in self._links):
                     self._break()
                     return
                 # It may come to say the same. The batch that it is at has a limit of its own.
                 batch.doubted_until = now + self._limits.error_grace
-            self._grace_alarm.at(batch.doubted_until)
+            self._look_again(batch)
 
     def _break(self) -> None:
+        self._alarm.stop()  # until the group has ended nobody is told to go on
         cause = culprit(self.causes)
         silent, seq = self._silent_beside_victims()
         if cause.what is What.COLLECTIVE and silent is not None:

@@ -147,6 +147,7 @@ class RankGroup:
             *(self._loop, self._links, self._spec.limits, self._who, self._steps),
             *(self._on_free, self._inquest.broken, self._on_lost, self._on_event, self._meters),
             behind=self._behind,
+            left=self._left,
             memory=self._site.memory,
         )
 
@@ -326,6 +327,9 @@ class RankGroup:
             return False
         vitals = self._site.board.read(rank)
         return vitals.finished < vitals.received < seq
+
+    def _left(self, rank: int, seq: int) -> bool:
+        return self._site.board is not None and self._site.board.read(rank).finished >= seq
 
     def _steps(self, rank: int, seq: int) -> int:
         return self._site.board.read(rank).step_of(seq) if self._site.board is not None else 0

@@ -62,6 +62,7 @@ class Outstanding:
         granted: the step up to which its stream may go; `step` is the last that rank 0 has sent.
         burst: steps that came together, see `Streams`.
         failures: what ranks have reported, by rank, and the same as causes.
+        leaving: the failure that its clients were told of: ranks leave it with that, or have left it before they knew.
         doubted_until: when the ranks that have not reported are taken for being elsewhere.
         error: what its clients were told.
         on_change: called when one of its clients keeps up again or has left.
@@ -84,6 +85,7 @@ class Outstanding:
     on_passed: Callable[[], None] | None = None
     failures: dict[int, Failure] = field(default_factory=dict)
     causes: list[Cause] = field(default_factory=list)
+    leaving: Failure | None = None
     doubted_until: float = math.inf
     held: list[tuple[Answer, Buffer]] | None = None
     done: set[int] = field(default_factory=set)

@@ -5,7 +5,8 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
 import pytest
 import torch
@@ -15,6 +16,7 @@ from torch import Tensor
 from minserve.handlers.activations import DTYPES
 from minserve.handlers.mesh import build_mesh
 from minserve.handlers.pipeline import Pipeline
+from minserve.rank import streaming
 from minserve.rank.failures import StageError
 from tests.integration.handlers.group import run_group
 
@@ -111,6 +113,54 @@ def test_a_failing_stage_is_heard_by_all_later_ones_and_the_first_and_the_next_b
             assert torch.equal(worked_again[0], through_all(4, torch.ones(2)))
         else:
             assert worked is worked_again is None
+
+
+RUNS = 3
+
+
+def fail_in_batches(rank: int, failing: int, pipelines: int) -> list[str]:
+    """Each batch is several runs, of one pipeline or of two in turns, and fails in another one; the last in none."""
+    made = [Pipeline(CPU) for _ in range(pipelines)]
+    outcomes = []
+    for seq in range(1, RUNS + 2):
+        batch = SimpleNamespace(seq=seq, runs=0, apart=0, at_end=None)
+        streaming.set_current(cast("streaming.Chunks", batch))
+
+        def stage(x: Tensor, batch: SimpleNamespace = batch) -> Tensor:
+            if rank == failing and batch.runs == batch.seq:
+                raise LookupError(f"run {batch.runs}")
+            return step(rank, x)
+
+        try:
+            outcome, result = "done", torch.ones(seq)
+            for run in range(RUNS):
+                (result,) = made[run % pipelines].run(stage, result) or (result,)
+            if rank == 0:
+                expected = torch.ones(seq)
+                for _ in range(RUNS):
+                    expected = through_all(4, expected)
+                assert torch.equal(result, expected)
+        except StageError as error:
+            outcome = f"{error.text} of rank {error.origin}"
+        if batch.at_end is not None:
+            batch.at_end()
+        outcomes.append(outcome)
+    streaming.set_current(None)
+    dist.barrier()  # a rank that ends takes along what is still on its way
+    return outcomes
+
+
+@pytest.mark.parametrize("pipelines", [1, 2])
+@pytest.mark.parametrize("failing", [0, 1, 2, 3])
+def test_a_stage_in_front_of_the_one_that_fails_hears_of_it_where_it_waits_for_the_next_run(
+    ranks: Ranks, failing: int, pipelines: int
+) -> None:
+    failed = [f"run {number} of rank {failing}" for number in range(1, RUNS + 1)]
+    for rank, outcomes in enumerate(ranks(4, fail_in_batches, failing, pipelines)):
+        if 0 < rank < failing:
+            assert outcomes == [*failed[:-1], "done", "done"], "behind the last run there is nothing to hear"
+        else:
+            assert outcomes == [*failed, "done"]
 
 
 def return_what_cannot_be_sent(rank: int, failing: int) -> list[str]:

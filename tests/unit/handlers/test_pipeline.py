@@ -59,7 +59,7 @@ def test_the_last_stage_takes_up_batches_however_many_results_the_first_one_leav
     last._inlet, last._outlet = SocketInlet(activations.socket, "rank 0"), SocketOutlet(results.socket, "rank 0")
     for seq in (1, 2, 3, 4):
         SocketOutlet(activations.socket, "rank 1").send(pack([torch.full((2,), seq)], CPU, Ticket(seq, 1)))
-        batch = SimpleNamespace(seq=seq, runs=0, apart=0)
+        batch = SimpleNamespace(seq=seq, runs=0, apart=0, at_end=None)
         monkeypatch.setattr(streaming, "_current", cast("streaming.Chunks", batch))
         Running(last.run, lambda x: x + 1).result()
     results.let(*[10**6] * 4)

@@ -40,6 +40,7 @@ class Group:
         self.doubtful: list[int] = []  # the batch that each of them is about
         self.events: list[tuple[EventKind, int]] = []
         self.behind: set[int] = set()  # ranks that are at an earlier batch
+        self.inside: set[int] = set()  # ranks that are in their batch, whatever they have reported
         self.steps: dict[int, int] = {}  # by rank: counted in whatever batch is asked for
         limits = Limits(
             *(in_flight, TIMEOUT, FIRST, GRACE, reply_after_all),
@@ -51,6 +52,7 @@ class Group:
             *(self.clock, self.links, limits, "m/0", lambda rank, seq: self.steps.get(rank, 0)),
             *(self._freed, self._break, self._lose, self._happen),
             behind=lambda rank, seq: rank in self.behind,
+            left=lambda rank, seq: rank not in self.inside,
             memory=memory,
         )
 

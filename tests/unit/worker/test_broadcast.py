@@ -410,6 +410,7 @@ async def test_a_rank_0_that_fails_again_after_a_refused_answer_breaks_the_worke
 @pytest.mark.parametrize("early", [True, False])
 async def test_a_failure_that_a_pipeline_passed_on_needs_the_report_of_its_first_stage_only(early: bool) -> None:
     group = Group(ranks=3)
+    group.inside = {2}
     (client,) = group.send(b"a")
     passed_on = failure(needs=(0,), origin=2)
     if early:
@@ -423,6 +424,44 @@ async def test_a_failure_that_a_pipeline_passed_on_needs_the_report_of_its_first
     assert group.broken == []
     assert group.broadcast.has_place()
     assert [group.continued(rank) for rank in range(3)] == [[1]] * 3
+
+
+@pytest.mark.parametrize("ends", ["leaves", "says the same", "says DONE", "raises something else", "stays"])
+async def test_after_a_failure_that_a_pipeline_passed_on_the_others_go_on_when_every_rank_has_left_the_batch(
+    ends: str,
+) -> None:
+    """A stage in front of the one that failed may be in a collective, which must not meet one of the next batch."""
+    group = Group(ranks=3, in_flight=2, reply_after_all=ends == "says DONE")
+    group.inside = {0, 1, 2}
+    (client,) = group.send(b"a")
+    passed_on = failure(needs=(0,), origin=2)
+    group.error(2, 1, passed_on)
+    group.error(0, 1, passed_on)
+    assert str(error_of(client)) == "Prediction failed: m/0, rank 2 (pid 4002): ValueError: no such word"
+    group.clock.advance(GRACE / 2)
+    group.broadcast.look()
+    assert group.told(Kind.CANCEL) == []
+    assert group.continued(0) == []
+    assert not group.broadcast.has_place()
+    if ends == "leaves":
+        group.inside = set()
+    elif ends == "says the same":
+        group.error(1, 1, passed_on)
+        assert group.continued(0) == [1], "at once"
+    elif ends == "says DONE":
+        group.done(1, 1)
+    elif ends == "raises something else":
+        group.error(1, 1, failure(type_name="KeyError", origin=1))
+    group.clock.advance(GRACE)
+    if ends in ("raises something else", "stays"):
+        assert [cause.rank for cause in group.broken] == [2]
+        assert group.continued(0) == []
+    else:
+        assert group.broken == []
+        assert group.continued(0) == group.continued(1) == [1]
+        assert group.broadcast.has_place()
+        assert not group.broadcast.busy
+    assert group.events == [(EventKind.HANDLER_ERROR, 2)]
 
 
 async def test_a_late_report_of_another_failure_breaks_the_worker() -> None:

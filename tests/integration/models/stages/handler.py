@@ -11,6 +11,7 @@ import torch
 import torch.distributed as dist
 
 from minserve.handlers import BaseHandler, Pipeline, build_mesh
+from minserve.rank.failures import StageError
 
 PATIENCE_S = 20
 
@@ -30,9 +31,22 @@ class Stages(BaseHandler):
         self.order = data[0]["body"]
         self.seen += 1
         self.obey("before")
+        caught = None
         result = (torch.full(self.order["shape"], float(self.order["nonce"])),)
-        for _ in range(self.order.get("rounds", 1)):
-            result = self.pipeline.run(self.stage, *(result or ()))
+        for number in range(1, self.order.get("rounds", 1) + 1):
+            self.round = number
+            if number > 1:
+                self.obey("between")
+            try:
+                result = self.pipeline.run(self.stage, *(result or ()))
+            except StageError as error:
+                if "catch" not in self.order:
+                    raise
+                caught = str(error)
+                if self.order["catch"] == "leave":
+                    break
+        if caught is not None:
+            return [{"caught": caught}]
         self.obey("after")
         if result is None:
             return None
@@ -61,9 +75,14 @@ class Stages(BaseHandler):
         return mine
 
     def obey(self, where):
-        """Carries out what the request has for this place: in a stage, {"raise": ["stage", 1]}, or around it on a rank."""
+        """Carries out what the request has for this place: in a stage, {"raise": ["stage", 1]}, or around it on a rank.
+
+        In the pipeline and between two runs of it, with {"round": 2}, only for the second.
+        """
+        if where in ("stage", "between") and self.order.get("round", self.round) != self.round:
+            return
         number = self.pipeline.stage if where == "stage" else self.rank
-        for verb in ("raise", "touch", "await", "sleep", "talk"):
+        for verb in ("raise", "touch", "await", "sleep", "talk", "hang"):
             place, *numbers = self.order.get(verb, [None])
             if place == where and number in numbers:
                 getattr(self, f"do_{verb}")()
@@ -84,6 +103,9 @@ class Stages(BaseHandler):
 
     def do_sleep(self):
         time.sleep(0.05)
+
+    def do_hang(self):
+        time.sleep(3600)  # until it is killed
 
     def do_talk(self):
         """A collective of all ranks, outside of the pipeline: it must meet the same batch's on each."""
