@@ -69,8 +69,11 @@ def issued_collectives() -> int:
         return 0
     try:
         # A copy: the heartbeat's thread asks, too, while the handler makes groups. Empty before there is any.
-        groups = list(dist.distributed_c10d._world.pg_map)
-        return sum(group._get_sequence_number_for_group() for group in groups if group not in _left_out)
+        issued = 0
+        for group in list(dist.distributed_c10d._world.pg_map):
+            if group not in _left_out:
+                issued += group._get_sequence_number_for_group()
+        return issued
     except Exception:
         return 0
 

@@ -78,12 +78,13 @@ class Order:
         if self.holder:
             return None
         if self._follows:
-            return self.heard if self.heard is not None and self._may(self.heard) else None
-        ready = next(iter(self.results), None)  # first, for an answer that is all but ready should leave
-        moves = [] if ready is None else [Move(ready, False)]
-        if self.started + 1 in self.waiting and not self._holds_back(self.started + 1):
-            moves.append(Move(self.started + 1, True))
-        return next(filter(self._may, moves), None)
+            return self.heard if self.heard is not None and self._may(*self.heard) else None
+        for ready in self.results:  # the first, for an answer that is all but ready should leave
+            if self._may(ready, False):
+                return Move(ready, False)
+            break
+        seq = self.started + 1
+        return Move(seq, True) if seq in self.waiting and self._may(seq, True) and not self._holds_back(seq) else None
 
     def possible(self) -> Move | None:
         """The next move, if all that it needs is here."""
@@ -97,8 +98,8 @@ class Order:
             self.started = move.seq
             self.apart = move.seq if self.waiting.pop(move.seq) else 0
 
-    def _may(self, move: Move) -> bool:
-        return not self.failed if move.starts else not any(seq < move.seq for seq in self.failed)
+    def _may(self, seq: int, starts: bool) -> bool:
+        return not self.failed or (not starts and seq <= min(self.failed))
 
     def _holds_back(self, seq: int) -> bool:
         """Whether a batch must wait until the others are over."""

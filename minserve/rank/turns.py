@@ -281,18 +281,23 @@ class Turns:
         order, move = self._order, self._order.possible()
         if self._over:
             self._ending.notify_all()
-        if order.due or self._over:
+            self._hearing.notify_all()
+        elif order.due:
             self._hearing.notify_all()
         if idle and (move.starts if move is not None else self._may_read):
             self._idle.notify()
+        sleepers = self._sleepers
+        if not sleepers:
+            return
         if self._broken is not None:
-            chosen = [order.holder] if order.holder else list(self._sleepers)  # others would only wake each other
+            chosen = [order.holder] if order.holder else list(sleepers)  # others would only wake each other
         else:
-            receivers = (seq for seq in order.paused if seq not in order.results and seq in self._sleepers)
-            chosen = [
-                move.seq if move is not None and not move.starts else 0,
-                order.holder if order.holder in order.results else 0,  # in `keep`
-                next(filter(self._may_receive, receivers), 0),
-            ]
-        for seq in filter(self._sleepers.__contains__, chosen):
-            self._sleepers[seq].notify()
+            chosen = [move.seq] if move is not None and not move.starts else []
+            if order.holder in order.results:  # in `keep`
+                chosen.append(order.holder)
+            if not self._receiving:
+                receivers = (seq for seq in order.paused if seq not in order.results and seq in sleepers)
+                chosen.append(next(filter(self._may_receive, receivers), 0))
+        for seq in chosen:
+            if seq in sleepers:
+                sleepers[seq].notify()
