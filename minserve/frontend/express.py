@@ -85,7 +85,7 @@ class Express:
         around = _around_length(message.raw_headers, text)
         if around is None:
             return None
-        return Head(*around, message, match[1], match[2], content_type, timeout, client_id(headers))
+        return Head(text, *around, message, match[1], match[2], content_type, timeout, client_id(headers))
 
     def begin(self, connection: LaneHandler, head: Head, headers: Headers, body: bytes) -> bool:
         """Whether it carries a request. If not, nothing has happened to it."""

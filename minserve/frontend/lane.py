@@ -63,9 +63,9 @@ class LaneHandler(web.RequestHandler):
         found = known.again(data)
         if found is None:
             return data
-        start, size = found
+        start, size, headers = found
         if len(data) == start + size:
-            if self._express.begin(self, known, known.headers(data), data[start:]):
+            if self._express.begin(self, known, headers, data[start:]):
                 self._request_count += 1
                 return b""
         elif len(data) == start and size <= MAX_BYTES:
@@ -120,7 +120,7 @@ class LaneHandler(web.RequestHandler):
             return
         message, content = self._messages[0]
         if known is not None and self._express is not None and not self._due and known.message is message:
-            body = data[known.size :]
+            body = data[len(known.text) :]
             if len(body) == content.total_bytes and self._express.begin(self, known, message.raw_headers, body):
                 return
         waiter.set_result(None)

@@ -30,13 +30,15 @@ class Head:
     """The head of a request that may be carried.
 
     Attributes:
-        before, after: its bytes around the digits of Content-Length.
+        text: its bytes.
+        before, after: those around the digits of Content-Length.
         place: of that header among all.
         version: None where it names none.
         timeout: seconds that the client gives it; infinite where it says nothing.
         id: the client's own x-request-id; "" where it has none that will do.
     """
 
+    text: bytes
     before: bytes
     after: bytes
     place: int
@@ -47,27 +49,22 @@ class Head:
     timeout: float
     id: str
 
-    @property
-    def size(self) -> int:
-        """Its bytes."""
-        return len(self.before) + len(self.message.raw_headers[self.place][1]) + len(self.after)
+    def again(self, data: bytes) -> tuple[int, int, Headers] | None:
+        """What a request is that begins with this same head, but perhaps for the length.
 
-    def again(self, data: bytes) -> tuple[int, int] | None:
-        """Where the body begins and how long it is to be, if the bytes begin with this same head but for the length."""
+        Returns:
+            Where its body begins, how long that is to be, and the headers.
+        """
+        headers = self.message.raw_headers
+        name, length = headers[self.place]
+        if data.startswith(self.text):  # nearly all
+            return len(self.text), int(length), headers
         at = len(self.before)
         end = data.find(b"\r", at, at + MOST_DIGITS + 1)
         if not data.startswith(self.before) or not data.startswith(self.after, end) or not data[at:end].isdigit():
             return None
-        return end + len(self.after), int(data[at:end])
-
-    def headers(self, data: bytes) -> Headers:
-        """The headers of a request that begins with this head but for the length."""
-        headers, at = self.message.raw_headers, len(self.before)
-        name, length = headers[self.place]
-        if data.startswith(length, at) and data.startswith(self.after, at + len(length)):
-            return headers
-        changed = (name, data[at : data.index(b"\r", at)])
-        return (*headers[: self.place], changed, *headers[self.place + 1 :])
+        length = data[at:end]
+        return end + len(self.after), int(length), (*headers[: self.place], (name, length), *headers[self.place + 1 :])
 
 
 class Passage(asyncio.Future[Reply]):

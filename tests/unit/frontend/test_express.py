@@ -340,7 +340,7 @@ async def test_empty_lines_before_a_head_are_no_end_of_it(rig: Rig, lines: bytes
             await until(lambda: one._early or one._due > 0)
             assert one._due in (0, len(body))
             assert one._known is not None
-            assert one._known.size == len(lines) + len(post(body)) - len(body)
+            assert len(one._known.text) == len(lines) + len(post(body)) - len(body)
             client.send(body)
             assert (await client.answer())[::2] == (200, body)
             await connection(rig)
