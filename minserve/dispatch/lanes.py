@@ -52,6 +52,8 @@ class Lanes:
 
         In turn, so that none stays cold under a light load.
         """
+        if len(self._lanes) == 1:
+            return self._lanes[0] if self._lanes[0].has_place(full=full) else None
         best: Lane | None = None
         fewest = 0
         for lane in self._lanes:

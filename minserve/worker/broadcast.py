@@ -45,6 +45,7 @@ if TYPE_CHECKING:
 
 # Up to here one copy of the whole frame costs less than handing its pieces to every link.
 SMALL_BYTES = 16 * 1024
+_ANSWERS = frozenset({Kind.REPLY, Kind.CHUNK})
 
 
 class Broadcast:
@@ -154,9 +155,14 @@ class Broadcast:
         """Broadcasts one batch."""
         began = self._meters.now()
         meta = Batch(tuple([request.meta for request in requests]), self._streams.first)
-        bodies = [body for request in requests for body in request.bodies]
+        bodies: list[Buffer] = []
+        shared = False
+        for request in requests:
+            bodies += request.bodies
+            shared = shared or request.segments is not None
+            request.worker = self._who
         segments: Sequence[Segment] = ()
-        if [request for request in requests if request.segments]:  # a list costs less than a generator here
+        if shared:
             bodies, meta.shared, segments = place_bodies(self._memory, requests)
         pieces = pack_with_body(Kind.BATCH, meta, bodies, self._seq + 1)
         if len(pieces[0]) > MAX_META_BYTES:  # its ranks would take it for rubbish, and the worker would be lost
@@ -166,8 +172,6 @@ class Broadcast:
         small = sum(map(len, pieces)) <= SMALL_BYTES
         if small:
             pieces = [b"".join(pieces)]
-        for request in requests:
-            request.worker = self._who
         if self._memory is not None:
             self._memory.lend(segments)
         # Only now: a batch that cannot be encoded must not leave a gap in the numbers.
@@ -276,10 +280,11 @@ class Broadcast:
                 if frame.kind is Kind.DONE and self._limits.reply_after_all:
                     return  # rank 0 alone has ended the batch: its answer was refused
             raise WireError(f"{frame.kind.name} for batch {frame.seq}, which is not under way (last sent: {self._seq})")
-        if frame.kind is Kind.ERROR:
-            self._failed(link, batch, unpack(Failure, frame.meta))
-        elif frame.kind is Kind.DONE:
-            self._done(link, batch)
+        if frame.kind not in _ANSWERS:
+            if frame.kind is Kind.ERROR:
+                self._failed(link, batch, unpack(Failure, frame.meta))
+            else:
+                self._done(link, batch)
         elif link.rank != 0:
             raise WireError(f"{frame.kind.name} from rank {link.rank}: only rank 0 answers")
         elif frame.kind is Kind.CHUNK:

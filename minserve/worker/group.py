@@ -46,6 +46,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
+_OF_BATCHES = frozenset({Kind.REPLY, Kind.CHUNK, Kind.ERROR, Kind.DONE})
 
 
 class RankGroup:
@@ -339,7 +340,14 @@ class RankGroup:
         self._arrivals.append(arrival)
 
     def _received(self, link: Link, frame: Frame) -> None:
-        if frame.kind is Kind.PROGRESS:
+        if (
+            frame.kind in _OF_BATCHES
+        ):  # first what comes most, and in one look-up: one of `Kind` costs as much as a call
+            if not self._loading.complete.is_set() or self._broadcast is None:
+                raise WireError(f"{frame.kind.name} before every rank has loaded")
+            if not self.failed.done():
+                self._broadcast.received(link, frame)
+        elif frame.kind is Kind.PROGRESS:
             self._loading.progressed(link.rank, unpack(Progress, frame.meta))
         elif frame.kind is Kind.LOADED:
             self._loading.loaded(link.rank, unpack(Loaded, frame.meta))
@@ -349,10 +357,6 @@ class RankGroup:
             failure = unpack(Failure, frame.meta)
             self._loading.failed(link.rank, failure)
             self._inquest.load_failed(link, failure)
-        elif not self._loading.complete.is_set() or self._broadcast is None:
-            raise WireError(f"{frame.kind.name} before every rank has loaded")
-        elif not self.failed.done():
-            self._broadcast.received(link, frame)
 
     def _taken(self) -> None:
         if self._broadcast is not None:
