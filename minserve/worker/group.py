@@ -340,9 +340,7 @@ class RankGroup:
         self._arrivals.append(arrival)
 
     def _received(self, link: Link, frame: Frame) -> None:
-        if (
-            frame.kind in _OF_BATCHES
-        ):  # first what comes most, and in one look-up: one of `Kind` costs as much as a call
+        if frame.kind in _OF_BATCHES:  # first what comes most, in one look-up: each `Kind.X` costs as much as a call
             if not self._loading.complete.is_set() or self._broadcast is None:
                 raise WireError(f"{frame.kind.name} before every rank has loaded")
             if not self.failed.done():

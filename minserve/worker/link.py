@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 # the server, little enough that a slow rank is felt after a batch or two.
 ROOM_BYTES = 256 * 1024
 # Small frames that may wait for a flush: they must not pass that mark unseen, nor the ranks stand idle until a long turn of
-# the loop is over. Of 2, 4 and 16 this gave the most requests a second.
+# the loop is over.
 LATER_PIECES = 4
 MAX_REPLY_BYTES = 2**31  # a sanity bound on what a rank's frame may claim, not a limit for handlers
 
