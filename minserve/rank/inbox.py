@@ -54,7 +54,7 @@ class Inbox:
             WireError: it has sent what is no frame.
         """
         if not self._parked:  # it often is there already, and the loop is the only one that takes it
-            self._wait(lambda: bool(self._parked))
+            self._wait(self._parked.__len__)
         return self._parked.popleft()
 
     def wait_for_grant(self, seq: int, step: int) -> bool:
@@ -99,7 +99,7 @@ class Inbox:
             self._continued = {key for key in self._continued if key > seq}
             self._changed.notify_all()
 
-    def _wait(self, arrived: Callable[[], bool]) -> None:
+    def _wait(self, arrived: Callable[[], bool | int]) -> None:
         with self._changed:
             while not arrived():
                 if self.broken is not None:

@@ -97,6 +97,7 @@ class Rank:
         progress.report_progress("importing")
         self._outbox = Outbox(self._connection, self._rank, load.reply_done)
         self._bodies = Bodies(self._shared, load.decode_input, load.views)
+        self._connection.quiet = self._rank > 0 and not load.reply_done
         self._connection.spin = load.spin
         if load.wait_for_cores:
             scheduling.wait_for_cores()

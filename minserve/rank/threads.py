@@ -13,7 +13,7 @@ import time
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from collections.abc import Set
+    from collections.abc import Collection
     from types import FrameType
 
 # The names of minserve's own threads: those that run batches beside each other, and what sends a pipeline's activations.
@@ -37,12 +37,12 @@ _LIBRARIES = ("/site-packages/", "/dist-packages/")
 _OURS = "/minserve/rank/inbox.py"
 
 
-def alive() -> Set[threading.Thread]:
+def alive() -> list[threading.Thread]:
     """The threads there are."""
-    return set(threading.enumerate())
+    return threading.enumerate()
 
 
-def wait_for_end(others: Set[threading.Thread]) -> None:
+def wait_for_end(others: Collection[threading.Thread]) -> None:
     """Waits until every thread that is not among `others` has ended, or only waits for somebody.
 
     Without a limit of its own: the server watches this rank, and ends it when the batch takes too long.
@@ -61,7 +61,7 @@ def wait_for_end(others: Set[threading.Thread]) -> None:
         time.sleep(LOOK_S)  # there is no event for "it waits"
 
 
-def _places(others: Set[threading.Thread]) -> dict[threading.Thread, tuple[FrameType, int] | None]:
+def _places(others: Collection[threading.Thread]) -> dict[threading.Thread, tuple[FrameType, int] | None]:
     """Where each other thread is: its innermost call and the instruction there; None for one that is about to begin."""
     frames = sys._current_frames()
     places: dict[threading.Thread, tuple[FrameType, int] | None] = {}

@@ -16,8 +16,9 @@ from __future__ import annotations
 
 import enum
 import struct
-from dataclasses import dataclass
 from typing import TYPE_CHECKING
+
+import msgspec
 
 from minserve.errors import WireError
 
@@ -77,8 +78,7 @@ class Kind(enum.IntEnum):
 PROBE = 1  # flag of a BATCH without requests: run the handler's probe; every rank answers, those > 0 with DONE
 
 
-@dataclass(slots=True)
-class Frame:
+class Frame(msgspec.Struct, gc=False):
     """One message. `body` is the reader's own fresh memory, the receiver may keep and change it."""
 
     kind: Kind
@@ -143,18 +143,19 @@ class FrameReader:
             yield from self._received_large(count)
             return
         self._end += count
+        scratch = self._scratch
         while self._end - self._start >= HEADER.size:
             kind, flags, meta_length, seq, body_length = self._parse_header()
             begin = self._start + HEADER.size
-            stop = begin + meta_length + body_length
+            middle = begin + meta_length
+            stop = middle + body_length
             if stop > self._end:
                 if stop - self._start > SCRATCH_BYTES:
                     self._begin_large(kind, flags, seq, meta_length, body_length)
                     return
                 break
             self._start = stop
-            middle = begin + meta_length
-            yield Frame(kind, flags, seq, self._scratch[begin:middle], self._scratch[middle:stop])
+            yield Frame(kind, flags, seq, scratch[begin:middle], scratch[middle:stop])
         self._compact()
 
     @property

@@ -10,12 +10,12 @@ from typing import cast
 import pytest
 
 from minserve.errors import WireError
-from minserve.rank.connection import MAX_PIECES, REST_MS, Connection, Disconnected
+from minserve.rank.connection import MAX_PIECES, REST_MS, SMALL_BYTES, Connection, Disconnected
 from minserve.rank.memory import Replies
 from minserve.wire.frames import FROM_RANK, Frame, FrameReader, Kind, encode
 from minserve.wire.messages import Answer, Answers, Buffer, Hello, Progress, unpack
 from tests.fakes import feed
-from tests.unit.rank.rig import launch
+from tests.unit.rank.rig import Running, launch
 
 ALWAYS_READABLE = os.open(os.devnull, os.O_RDONLY)
 
@@ -99,6 +99,17 @@ def test_a_rank_that_spins_takes_what_comes_while_it_looks_and_what_comes_later(
         polls.clear()
         assert connection.receive().seq == len(polls)
         assert polls[-1] is None
+
+
+def test_a_rank_that_sends_next_to_nothing_waits_in_its_recv() -> None:
+    ours, theirs = socket.socketpair()
+    with ours, theirs:
+        connection = Connection(ours)
+        connection._poll = cast("select.poll", None)
+        connection.quiet = True
+        came = Running(connection.receive)
+        theirs.sendall(encode(Kind.BATCH, 7))
+        assert came.result().seq == 7
 
 
 def test_an_idle_rank_0_wakes_to_give_memory_back_until_there_is_none() -> None:
@@ -189,12 +200,20 @@ def test_a_message_goes_out_as_one_frame() -> None:
     assert unpack(Progress, frame.meta) == Progress("weights", 1, 2)
 
 
+@pytest.fixture(params=[SMALL_BYTES, 0], ids=["joined", "in-pieces"])
+def small(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> int:
+    """Up to how many bytes a frame is joined."""
+    monkeypatch.setattr("minserve.rank.connection.SMALL_BYTES", request.param)
+    return int(request.param)
+
+
 BODIES: list[Buffer] = [b"abc", bytearray(b"d"), memoryview(b"efgh"), b"", b"ij"]
 
 
-def test_a_socket_that_takes_only_some_bytes_gets_the_rest_once() -> None:
+def test_a_socket_that_takes_only_some_bytes_gets_the_rest_once(small: int) -> None:
     whole = FakeSocket()
     over(whole).send_with_body(Kind.REPLY, Answers(()), BODIES, 3)
+    assert whole.calls == [1 if small else 5]
     for step in range(len(whole.sent) + 1):
         slow = FakeSocket(step=step)
         over(slow).send_with_body(Kind.REPLY, Answers(()), BODIES, 3)
@@ -204,6 +223,7 @@ def test_a_socket_that_takes_only_some_bytes_gets_the_rest_once() -> None:
 
 
 @pytest.mark.parametrize("count", [MAX_PIECES - 1, MAX_PIECES, MAX_PIECES + 1, 3 * MAX_PIECES])
+@pytest.mark.usefixtures("small")
 def test_many_bodies_go_out_in_calls_that_the_kernel_takes(count: int) -> None:
     fake = FakeSocket()
     bodies: list[Buffer] = [bytes([index % 251]) for index in range(count)]

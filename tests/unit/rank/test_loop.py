@@ -128,6 +128,13 @@ def test_the_context_has_what_load_says(serve: Serve, model_dir: Path) -> None:
     assert (properties["model_dir"], properties["batch_size"], properties["gpu_id"]) == (str(model_dir), 4, 0)
 
 
+@pytest.mark.parametrize(("rank", "reply_done", "quiet"), [(0, False, False), (1, False, True), (1, True, False)])
+def test_a_rank_that_says_nothing_at_the_end_of_a_batch_is_quiet(
+    serve: Serve, rank: int, reply_done: bool, quiet: bool
+) -> None:
+    assert serve(ECHO, rank=rank, reply_done=reply_done).connection.quiet is quiet
+
+
 def test_an_archive_brings_its_manifest_and_the_servers_settings(serve: Serve) -> None:
     source = """
         def handle(data, context):
