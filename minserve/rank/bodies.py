@@ -37,9 +37,7 @@ class Bodies:
         if not batch.shared and not self._views:
             return decode_batch(batch, body, self._parse)
         pieces = iter(self._pieces(batch, body))
-        return [
-            {part.name: self._value(part.content_type, next(pieces)) for part in one.parts} for one in batch.requests
-        ]
+        return [{part.name: self._value(part.content_type, next(pieces)) for part in parts} for parts in batch.parts]
 
     def skip(self, batch: Batch) -> None:
         """This rank does not run the batch: it lets go of what it was lent."""
@@ -47,7 +45,7 @@ class Bodies:
             self._memory.skip(place.block, place.use)
 
     def _pieces(self, batch: Batch, body: bytearray) -> list[Buffer]:
-        parts = [part for request in batch.requests for part in request.parts]
+        parts = [part for parts in batch.parts for part in parts]
         inline = inline_lengths((part.length for part in parts), batch.shared)
         pieces: list[Buffer] = list(split_body(body, inline))
         for place in batch.shared:

@@ -10,97 +10,18 @@ import os
 from typing import TYPE_CHECKING
 
 from minserve.rank.metric_cache import MetricsCache
-from minserve.wire.messages import RequestMeta
+from minserve.rank.requests import RequestProcessor, Requests
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
 
     from minserve.rank.streaming import Chunks
+    from minserve.wire.messages import RequestMeta
 
 # Known to be the same for every batch, so that the copies of a context share them.
 _SHARED = frozenset({"manifest", "model_yaml_config", "system_properties", "stream"})
 # What a batch has of its own, where several are under way and each has its own view of the context.
-_OF_A_BATCH = frozenset({"_common", "request_ids", "request_processor", "stream"})
-
-
-class RequestProcessor:
-    """One request's headers, and the status and headers of its answer.
-
-    Args:
-        request: as it came, or (in authors' own tests) its headers.
-    """
-
-    def __init__(self, request: RequestMeta | Mapping[str, object]) -> None:
-        self._headers: dict[str, object] | None = None
-        if not isinstance(request, RequestMeta):
-            self._headers = dict(request)
-            request = RequestMeta("", (), ())
-        self._meta = request
-        self.status = 200
-        self.phrase = ""
-        self.response_headers: dict[str, str] = {}
-
-    @property
-    def headers(self) -> dict[str, object]:
-        """The HTTP request headers, names as the client wrote them, plus TorchServe's own.
-
-        Decoded on first use: few handlers look at them.
-        """
-        if self._headers is None:
-            headers: dict[str, object] = {
-                name.decode("latin-1"): value.decode("utf-8", "surrogateescape") for name, value in self._meta.headers
-            }
-            for part in self._meta.parts:
-                headers[part.name] = {"content-type": part.content_type}
-            if self._meta.operation == "describe":
-                headers["describe"] = "True"
-            else:
-                headers["url_path"] = self._meta.url_path
-                headers["explain"] = str(self._meta.operation == "explain")
-            self._headers = headers
-        return self._headers
-
-    def get_request_property(self, key: str) -> object:
-        """A request header; the name as the client wrote it wins over one that differs in case only."""
-        headers = self.headers
-        if key in headers:
-            return headers[key]
-        lower = key.lower()
-        return next((value for name, value in headers.items() if name.lower() == lower), None)
-
-    def get_request_properties(self) -> dict[str, object]:
-        """All request headers."""
-        return self.headers
-
-    def report_status(self, code: int, reason_phrase: str = "") -> None:
-        """Sets the answer's HTTP status."""
-        self.status = code
-        self.phrase = reason_phrase or ""
-
-    def get_response_status_code(self) -> int:
-        """The answer's HTTP status."""
-        return self.status
-
-    def get_response_status_phrase(self) -> str:
-        """The answer's reason phrase."""
-        return self.phrase
-
-    def add_response_property(self, key: str, value: str) -> None:
-        """Sets a header of the answer, in the place of one whose name differs in case only."""
-        self.response_headers.pop(self._spelling(key), None)
-        self.response_headers[key] = value
-
-    def get_response_headers(self) -> dict[str, str]:
-        """The headers of the answer."""
-        return self.response_headers
-
-    def get_response_header(self, key: str) -> str | None:
-        """One header of the answer, however its name is spelt."""
-        return self.response_headers.get(self._spelling(key))
-
-    def _spelling(self, key: str) -> str:
-        lower = str(key).lower()  # what is no text is refused when the answer is sent
-        return next((name for name in self.response_headers if str(name).lower() == lower), key)
+_OF_A_BATCH = frozenset({"_common", "_requests", "request_ids", "request_processor", "stream"})
 
 
 class Context:
@@ -112,7 +33,6 @@ class Context:
         system_properties: model_dir, gpu_id (index of this rank's device among those it sees, None on CPU), batch_size,
             server_name, server_version, limit_max_image_pixels.
         model_yaml_config: model-config.yaml as the author wrote it.
-        request_ids: {index in the batch: request id}; None while the handler is initialised.
         metrics: where the handler records its own metrics.
         stopping_criteria: for handlers that set it; without continuous batching nobody reads it.
         header_key_sequence_id, header_key_sequence_start, header_key_sequence_end: names of the headers of a sequence.
@@ -144,8 +64,7 @@ class Context:
             "server_version": mms_version,
             "limit_max_image_pixels": limit_max_image_pixels,
         }
-        self.request_ids: dict[int, str] | None = None
-        self.request_processor: list[RequestProcessor] = []
+        self._requests = Requests()
         self.metrics = MetricsCache(model_name=model_name) if metrics is None else metrics
         self.stopping_criteria: Sequence[Callable[[object], object]] | None = None
         self.header_key_sequence_id = os.environ.get("TS_REQUEST_SEQUENCE_ID", "ts_request_sequence_id")
@@ -153,12 +72,29 @@ class Context:
         self.header_key_sequence_end = os.environ.get("TS_REQUEST_SEQUENCE_END", "ts_request_sequence_end")
         self.stream: Chunks | None = None
 
-    def begin_batch(self, requests: Sequence[RequestMeta]) -> None:
+    def begin_batch(self, requests: bytes | Sequence[RequestMeta]) -> None:
         """A new batch: nothing of the last one may show through."""
-        self.request_ids = {index: meta.id for index, meta in enumerate(requests)}
-        self.request_processor = [RequestProcessor(meta) for meta in requests]
+        self._requests = Requests(requests)
         if isinstance(self.metrics, MetricsCache):  # a handler may have put something else in its place
-            self.metrics.set_request_ids(self.request_ids)
+            self.metrics.begin_batch(self._requests)
+
+    @property
+    def request_ids(self) -> dict[int, str] | None:
+        """{index in the batch: request id}; None while the handler is initialised."""
+        return self._requests.ids
+
+    @request_ids.setter
+    def request_ids(self, ids: dict[int, str]) -> None:
+        self._requests.ids = ids
+
+    @property
+    def request_processor(self) -> list[RequestProcessor]:
+        """One for each request of the batch."""
+        return self._requests.processors
+
+    @request_processor.setter
+    def request_processor(self, processors: list[RequestProcessor]) -> None:
+        self._requests.processors = processors
 
     def __deepcopy__(self, memo: dict[int, object]) -> Context:
         """A context of its own for a batch that is worked on beside others, as TorchServe makes one for each.
@@ -233,6 +169,14 @@ class Context:
         return processor.status, processor.phrase
 
 
+def are_plain(context: Context) -> bool:
+    """Whether nobody can have set the status or a header of an answer of the batch.
+
+    No member: a handler may keep something of its own under any name that TorchServe's context has not.
+    """
+    return context._requests.plain
+
+
 class BatchContext(Context):
     """The context of one batch where several are under way: what belongs to the batch is its own, all else the rank's.
 
@@ -247,26 +191,26 @@ class BatchContext(Context):
     def __init__(self, common: Context) -> None:
         vars(self)["_common"] = common
 
-    def begin_batch(self, requests: Sequence[RequestMeta]) -> None:
+    def begin_batch(self, requests: bytes | Sequence[RequestMeta]) -> None:
         """See `Context`."""
         super().begin_batch(requests)
         if isinstance(self._common.metrics, MetricsCache):
-            vars(self)["metrics"] = self._common.metrics.for_requests(self.request_ids or {})
+            vars(self)["metrics"] = self._common.metrics.for_requests(self._requests)
         self.show()
 
     def show(self) -> None:
         """Its batch has its turn: the common context shows it, too."""
         common = self._common
-        common.request_ids, common.request_processor = self.request_ids, self.request_processor
+        common._requests = self._requests
         if isinstance(common.metrics, MetricsCache):
-            common.metrics.set_request_ids(self.request_ids or {})
+            common.metrics.begin_batch(self._requests)
 
     def __getattr__(self, name: str) -> object:
         return getattr(vars(self)["_common"], name)  # only what it has not itself is looked for here
 
     def __setattr__(self, name: str, value: object) -> None:
         if name in _OF_A_BATCH:
-            vars(self)[name] = value
+            object.__setattr__(self, name, value)
         else:
             vars(self).pop(name, None)
             setattr(self._common, name, value)

@@ -185,8 +185,8 @@ class Rank:
     def _run_batch(self, handler: Handler, frame: Frame, context: Context | None = None) -> None:
         context = self._context if context is None else context
         batch = unpack(Batch, frame.meta)
-        seq, count = frame.seq, len(batch.requests)
-        if self._rank >= self._together and batch.requests:
+        seq, count = frame.seq, len(batch.parts)
+        if self._rank >= self._together and count:
             self._bodies.skip(batch)
             self._outbox.through(seq, count)  # rank 0 runs it alone
             return

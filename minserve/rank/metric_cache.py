@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import logging
 from typing import TYPE_CHECKING, TypedDict
@@ -16,9 +17,10 @@ from minserve.rank.metrics import (
     MetricsCacheValueError,
     MetricTypes,
 )
+from minserve.rank.requests import Requests
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Mapping, Sequence
+    from collections.abc import Iterable, Sequence
 
 TIME_UNITS = ("ms", "s")
 SIZE_UNITS = ("MB", "kB", "GB", "B")
@@ -48,7 +50,6 @@ class MetricsCache:
     Attributes:
         cache: the metrics by kind and name.
         store: TorchServe's list for older handlers; always empty.
-        request_ids: of the batch, by place in it; None while the handler loads.
     """
 
     def __init__(self, config_file_path: str = "", model_name: str = "") -> None:
@@ -56,7 +57,7 @@ class MetricsCache:
         self.model_name = model_name
         self.cache: dict[MetricTypes, dict[str, CachingMetric]] = {}
         self.store: list[object] = []
-        self.request_ids: Mapping[int, str] | None = None
+        self._requests = Requests()
 
     def declare(self, declarations: str) -> None:
         """Adds the metrics of a LOAD message: JSON text, "" for none."""
@@ -72,19 +73,33 @@ class MetricsCache:
             for one in metrics or ():
                 self.add_metric_to_cache(one["name"], one["unit"], one["dimensions"], MetricTypes(kind))
 
-    def set_request_ids(self, request_ids: Mapping[int, str]) -> None:
+    def begin_batch(self, requests: Requests) -> None:
         """A new batch."""
+        self._requests = requests
+
+    @property
+    def request_ids(self) -> dict[int, str] | None:
+        """Of the batch, by place in it; None while the handler loads."""
+        return self._requests.ids
+
+    @request_ids.setter
+    def request_ids(self, ids: dict[int, str]) -> None:
+        self._requests = Requests()
+        self._requests.ids = ids
+
+    def set_request_ids(self, request_ids: dict[int, str]) -> None:
+        """A new batch, as TorchServe tells it."""
         self.request_ids = request_ids
 
-    def for_requests(self, request_ids: Mapping[int, str]) -> MetricsCache:
+    def for_requests(self, requests: Requests) -> MetricsCache:
         """The same metrics, for a batch that is worked on beside others."""
         other = MetricsCache(self.config_file_path, self.model_name)
         other.cache = self.cache
-        other.request_ids = request_ids
+        other.begin_batch(requests)
         return other
 
     def __deepcopy__(self, memo: object) -> MetricsCache:
-        return self.for_requests(dict(self.request_ids or {}))
+        return self.for_requests(copy.deepcopy(self._requests))
 
     # ── metrics by name ──
 

@@ -6,7 +6,8 @@ import logging
 from typing import TYPE_CHECKING
 
 from minserve.rank import metrics
-from minserve.rank.data import Refused, check_answers
+from minserve.rank.context import are_plain
+from minserve.rank.data import Refused, check_answers, encode_answer
 from minserve.rank.streaming import encode
 from minserve.wire.frames import Kind
 from minserve.wire.messages import Answer, Answers, Failure, Metrics
@@ -15,7 +16,7 @@ if TYPE_CHECKING:
     from minserve.rank.connection import Connection
     from minserve.rank.context import Context
     from minserve.rank.streaming import Chunks
-    from minserve.wire.messages import Buffer, Loaded
+    from minserve.wire.messages import Loaded
 
 logger = logging.getLogger(__name__)
 
@@ -63,9 +64,13 @@ class Outbox:
         if stream.refused or (answers is None and stream.step):
             answers = [b""] * count  # a stream need not have a last chunk
         values = check_answers(answers, count)
-        encoded = [encode(context, index, value) for index, value in enumerate(values)]
-        metas: list[Answer] = [answer for answer, _ in encoded]
-        bodies: list[Buffer] = [body for _, body in encoded]
+        if are_plain(context):
+            bodies = [encode_answer(value, index) for index, value in enumerate(values)]
+            metas = [Answer(index, len(body)) for index, body in enumerate(bodies)]
+        else:
+            encoded = [encode(context, index, value) for index, value in enumerate(values)]
+            metas = [answer for answer, _ in encoded]
+            bodies = [body for _, body in encoded]
         self._hold_metrics(seq)
         self._connection.send_answers(Kind.REPLY, Answers(tuple(metas), stream.step, seconds), bodies, seq)
 

@@ -17,6 +17,7 @@ from abc import ABC, abstractmethod
 from contextvars import ContextVar
 from typing import TYPE_CHECKING
 
+from minserve.rank.context import are_plain
 from minserve.rank.data import Refused, check_answers, encode_answer
 from minserve.wire.frames import Kind
 from minserve.wire.messages import Answer, Answers
@@ -218,6 +219,8 @@ def encode(context: Context, index: int, value: object) -> tuple[Answer, Buffer]
         Refused: the body, the status or a header cannot be sent.
     """
     body = encode_answer(value, index)
+    if are_plain(context):
+        return Answer(index, len(body)), body
     processor = context.request_processor[index]
     status = processor.status
     if type(status) is int and status == 200 and not processor.phrase and not processor.response_headers:  # the rule

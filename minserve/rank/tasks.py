@@ -202,7 +202,7 @@ class Tasks:
         batch = unpack(Batch, frame.meta)
         context = copy.deepcopy(self._context)
         context.begin_batch(batch.requests)
-        count, refused = len(batch.requests), self._outbox.refused_chunk
+        count, refused = len(batch.parts), self._outbox.refused_chunk
         stream = TaskStream(self._connection, context, frame.seq, count, batch.grant, refused)
         context.stream = stream
         task = asyncio.get_running_loop().create_task(self._run(frame, batch, context, stream))
@@ -223,7 +223,7 @@ class Tasks:
 
     async def _work(self, frame: Frame, batch: Batch, context: Context, stream: TaskStream) -> None:
         assert self._end is not None
-        seq, count = frame.seq, len(batch.requests)
+        seq, count = frame.seq, len(batch.parts)
         streaming.set_current_of_task(stream)
         began = time.monotonic()
         try:

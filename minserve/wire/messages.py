@@ -219,14 +219,17 @@ class RequestMeta(Message):
 
 
 class Batch(Message):
-    """Meta of BATCH.
+    """Meta of BATCH, made by `new_batch`. Every rank reads every batch, and most handlers look at nothing but the bodies.
 
     Attributes:
+        requests: its `RequestMeta`s, encoded; a rank decodes them when its handler asks for one.
+        parts: those of each request, once more.
         grant: the step up to which a stream may go before it needs a GRANT.
         shared: the parts, counted over all requests, that are in the arena for requests.
     """
 
-    requests: tuple[RequestMeta, ...]
+    requests: bytes
+    parts: tuple[tuple[Part, ...], ...]
     grant: int = 0
     shared: tuple[Shared, ...] = ()
 
@@ -245,6 +248,7 @@ class Shutdown(Message):
 
 M = TypeVar("M", bound=Message)
 _encoder = msgspec.msgpack.Encoder()
+_requests = msgspec.msgpack.Decoder(tuple[RequestMeta, ...])
 
 
 @functools.cache
@@ -278,6 +282,23 @@ def unpack(kind: type[M], meta: Buffer) -> M:
         return _decoder(kind).decode(meta)  # type: ignore[return-value]  # one decoder per class, by construction
     except (msgspec.DecodeError, msgspec.ValidationError, UnicodeDecodeError) as error:
         raise WireError(f"bad {kind.__name__} message: {error}") from None
+
+
+def new_batch(requests: Sequence[RequestMeta], grant: int = 0, shared: tuple[Shared, ...] = ()) -> Batch:
+    """A batch of these requests."""
+    return Batch(_encoder.encode(requests), tuple([request.parts for request in requests]), grant, shared)
+
+
+def decode_requests(requests: bytes) -> tuple[RequestMeta, ...]:
+    """The requests of a batch.
+
+    Raises:
+        WireError: they are none.
+    """
+    try:
+        return _requests.decode(requests)
+    except (msgspec.DecodeError, msgspec.ValidationError, UnicodeDecodeError) as error:
+        raise WireError(f"bad requests of a batch: {error}") from None
 
 
 def inline_lengths(lengths: Iterable[int], shared: Sequence[Shared]) -> list[int]:

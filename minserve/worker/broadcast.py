@@ -18,7 +18,7 @@ from minserve.errors import BadRequest, MinServeError, ResponseTimeout, WireErro
 from minserve.telemetry.events import EventKind
 from minserve.telemetry.meters import unwatched
 from minserve.wire.frames import MAX_META_BYTES, PROBE, Kind
-from minserve.wire.messages import Answers, Batch, Failure, pack, pack_with_body, unpack
+from minserve.wire.messages import Answers, Failure, new_batch, pack, pack_with_body, unpack
 from minserve.worker.blame import Cause, culprit
 from minserve.worker.failures import Failures
 from minserve.worker.fanout import Fanout
@@ -154,7 +154,7 @@ class Broadcast:
     def send(self, requests: list[Request]) -> None:
         """Broadcasts one batch."""
         began = self._meters.now()
-        meta = Batch(tuple([request.meta for request in requests]), self._streams.first)
+        meta = new_batch([request.meta for request in requests], self._streams.first)
         bodies: list[Buffer] = []
         shared = False
         for request in requests:
@@ -187,7 +187,7 @@ class Broadcast:
         Args:
             on_passed: called when every rank has passed it.
         """
-        self._write([pack(Kind.BATCH, Batch(()), self._seq + 1, PROBE)], []).on_passed = on_passed
+        self._write([pack(Kind.BATCH, new_batch(()), self._seq + 1, PROBE)], []).on_passed = on_passed
 
     def _write(self, pieces: Sequence[Buffer], requests: list[Request], *, later: bool = False) -> Outstanding:
         """Gives a batch its number and writes it to all links."""

@@ -1,5 +1,6 @@
 """The context, under TorchServe's name."""
 
-from minserve.rank.context import Context, RequestProcessor
+from minserve.rank.context import Context
+from minserve.rank.requests import RequestProcessor
 
 __all__ = ["Context", "RequestProcessor"]

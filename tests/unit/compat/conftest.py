@@ -11,7 +11,8 @@ from typing import Any
 import pytest
 import torch
 
-from minserve.rank.context import Context, RequestProcessor
+from minserve.rank.context import Context
+from minserve.rank.requests import RequestProcessor
 
 MODEL = """
 import torch

@@ -8,9 +8,10 @@ import pytest
 
 import minserve
 from minserve.rank import streaming
-from minserve.rank.context import Context, RequestProcessor
+from minserve.rank.context import Context
 from minserve.rank.failures import describe
 from minserve.rank.inbox import Inbox
+from minserve.rank.requests import RequestProcessor
 from minserve.rank.streaming import Stream
 from minserve.wire.frames import Kind
 from tests.unit.rank.rig import FakeConnection, FakeSlot, new_context, requests

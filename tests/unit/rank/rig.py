@@ -22,7 +22,6 @@ from minserve.wire.frames import FROM_RANK, FROM_SERVER, PROBE, Frame, FrameRead
 from minserve.wire.messages import (
     Answer,
     Answers,
-    Batch,
     Buffer,
     Failure,
     Load,
@@ -32,6 +31,7 @@ from minserve.wire.messages import (
     RequestMeta,
     Shutdown,
     Step,
+    new_batch,
     pack,
     pack_with_body,
     split_body,
@@ -178,11 +178,11 @@ def requests(*bodies: bytes, content_type: str = "") -> tuple[RequestMeta, ...]:
 
 def batch(seq: int, *bodies: bytes, grant: int = 8) -> Frame:
     """A batch of raw bodies."""
-    return frame(Kind.BATCH, Batch(requests(*bodies), grant), seq, b"".join(bodies))
+    return frame(Kind.BATCH, new_batch(requests(*bodies), grant), seq, b"".join(bodies))
 
 
 def probe(seq: int) -> Frame:
-    whole = frame(Kind.BATCH, Batch(()), seq)
+    whole = frame(Kind.BATCH, new_batch(()), seq)
     whole.flags = PROBE
     return whole
 

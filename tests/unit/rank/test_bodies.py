@@ -10,7 +10,7 @@ import pytest
 from minserve.errors import WireError
 from minserve.rank.bodies import Bodies
 from minserve.wire.arena import BLOCK_BYTES, Arena, Marks, new_memory
-from minserve.wire.messages import Batch, Part, RequestMeta, Shared
+from minserve.wire.messages import Batch, Part, RequestMeta, Shared, new_batch
 from minserve.wire.views import Views
 from tests.unit.rank.rig import requests
 
@@ -41,7 +41,7 @@ class Memory:
             segment.release()
             places.append(Shared(index, segment.block, segment.use))
         inline = b"".join(body for index, body in enumerate(bodies) if index not in shared)
-        return Batch(tuple(metas), shared=tuple(places)), bytearray(inline)
+        return new_batch(metas, shared=tuple(places)), bytearray(inline)
 
 
 @pytest.fixture
@@ -99,9 +99,9 @@ def test_a_rank_that_does_not_run_a_batch_lets_go_of_it(memory: Memory) -> None:
 @pytest.mark.parametrize("place", [Shared(1, 0, 1), Shared(-1, 0, 1), Shared(0, BLOCKS, 1)])
 def test_a_place_that_is_none_is_an_error(memory: Memory, place: Shared) -> None:
     with pytest.raises(WireError):
-        Bodies(memory.views).decode(Batch(requests(b"x"), shared=(place,)), bytearray())
+        Bodies(memory.views).decode(new_batch(requests(b"x"), shared=(place,)), bytearray())
 
 
 def test_shared_memory_that_was_never_given_is_an_error() -> None:
     with pytest.raises(WireError, match="of which there is none"):
-        Bodies().decode(Batch(requests(b"x"), shared=(Shared(0, 0, 1),)), bytearray())
+        Bodies().decode(new_batch(requests(b"x"), shared=(Shared(0, 0, 1),)), bytearray())

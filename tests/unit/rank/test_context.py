@@ -5,9 +5,10 @@ import threading
 
 import pytest
 
-from minserve.rank.context import BatchContext, Context, RequestProcessor
+from minserve.rank.context import BatchContext, Context, are_plain
 from minserve.rank.metric_cache import MetricsCache
-from minserve.wire.messages import Part, RequestMeta
+from minserve.rank.requests import RequestProcessor
+from minserve.wire.messages import Part, RequestMeta, new_batch
 
 META = RequestMeta(
     "abc",
@@ -150,6 +151,46 @@ def test_one_status_for_all() -> None:
     two = context(META, META)
     two.set_all_response_status(503)
     assert [two.get_response_status(index) for index in range(2)] == [(503, "")] * 2
+
+
+def test_what_few_handlers_look_at_is_made_when_one_does() -> None:
+    one = context()
+    one.begin_batch(new_batch([META]).requests)  # encoded, as it comes
+    assert one.request_ids is one.request_ids == {0: "abc"}
+    assert one.get_request_id() == "abc"
+    plain = [are_plain(one)]
+    first = one.request_processor
+    plain.append(are_plain(one))  # from now on it may be changed
+    assert one.request_processor is first
+    assert one.get_request_header(0, "x-note") == "ä"
+    one.begin_batch([META, META])
+    assert [*plain, are_plain(one)] == [True, False, True]
+    assert len(one.request_processor) == 2
+    its_own = [RequestProcessor({})]
+    one.request_processor = its_own
+    assert one.request_processor is its_own
+
+
+def test_what_a_thread_of_an_earlier_batch_still_holds_is_not_the_next_ones() -> None:
+    """It was about to look when its batch ended."""
+    one = context(META)
+    left = one._requests
+    one.begin_batch([RequestMeta("new", (), ())])
+    left.processors[0].report_status(500)
+    assert left.ids == {0: "abc"}
+    assert are_plain(one)
+    assert one.get_response_status(0) == (200, "")
+    assert one.request_ids == {0: "new"}
+
+
+def test_a_copy_in_the_middle_of_a_batch_keeps_its_requests_and_no_more() -> None:
+    one = context()
+    one.begin_batch(new_batch([META]).requests)
+    other = copy.deepcopy(one)
+    other.set_response_status(404)
+    assert one.get_response_status(0) == (200, "")
+    assert (other.request_ids, other.metrics.request_ids) == ({0: "abc"}, {0: "abc"})
+    assert other.get_request_header(0, "x-note") == "ä"
 
 
 def test_nothing_of_one_batch_shows_in_the_next_but_what_the_handler_keeps() -> None:

@@ -12,13 +12,13 @@ from hypothesis import strategies as st
 
 from minserve.errors import WireError
 from minserve.rank.data import Refused, check_answers, decode_batch, encode_answer
-from minserve.wire.messages import Batch, Part, RequestMeta
+from minserve.wire.messages import Part, RequestMeta, new_batch
 from tests.unit.rank.rig import requests
 
 
 def decode(content_type: str, body: bytes) -> object:
     """What the handler of a batch of one gets as "body"."""
-    (row,) = decode_batch(Batch(requests(body, content_type=content_type)), bytearray(body))
+    (row,) = decode_batch(new_batch(requests(body, content_type=content_type)), bytearray(body))
     assert row.keys() == {"body"}
     return row["body"]
 
@@ -55,8 +55,8 @@ def test_a_body_is_decoded_by_its_content_type(content_type: str, body: bytes, v
 def test_bodies_stay_bytes_where_nothing_is_to_be_parsed() -> None:
     one = requests(b"[1]", content_type="application/json")
     two = requests(b"[1]", b"x", content_type="text/plain")
-    assert decode_batch(Batch(one), bytearray(b"[1]"), parse=False) == [{"body": bytearray(b"[1]")}]
-    rows = decode_batch(Batch(two), bytearray(b"[1]x"), parse=False)
+    assert decode_batch(new_batch(one), bytearray(b"[1]"), parse=False) == [{"body": bytearray(b"[1]")}]
+    rows = decode_batch(new_batch(two), bytearray(b"[1]x"), parse=False)
     assert rows == [{"body": bytearray(b"[1]")}, {"body": bytearray(b"x")}]
     assert all(type(row["body"]) is bytearray for row in rows)
 
@@ -69,13 +69,13 @@ def test_what_does_not_parse_is_said_in_the_log(caplog: pytest.LogCaptureFixture
 
 def test_a_single_raw_body_is_not_copied() -> None:
     body = bytearray(b"raw")
-    (row,) = decode_batch(Batch(requests(b"raw")), body)
+    (row,) = decode_batch(new_batch(requests(b"raw")), body)
     assert row["body"] is body
 
 
 def test_bodies_of_a_batch_are_bytearrays_of_their_own() -> None:
     body = bytearray(b"abcd")
-    rows = decode_batch(Batch(requests(b"a", b"bcd")), body)
+    rows = decode_batch(new_batch(requests(b"a", b"bcd")), body)
     assert rows == [{"body": bytearray(b"a")}, {"body": bytearray(b"bcd")}]
     first = rows[0]["body"]
     assert isinstance(first, bytearray)
@@ -85,7 +85,7 @@ def test_bodies_of_a_batch_are_bytearrays_of_their_own() -> None:
 
 def test_form_fields_are_decoded_each_by_its_own_type() -> None:
     form = (Part("image", "image/png", 3), Part("options", "application/json", 2), Part("note", "", 2))
-    batch = Batch((RequestMeta("a", (), form), *requests(b"raw")))
+    batch = new_batch((RequestMeta("a", (), form), *requests(b"raw")))
     assert decode_batch(batch, bytearray(b"png{}hiraw")) == [
         {"image": bytearray(b"png"), "options": {}, "note": bytearray(b"hi")},
         {"body": bytearray(b"raw")},
@@ -96,7 +96,7 @@ def test_form_fields_are_decoded_each_by_its_own_type() -> None:
 def test_a_request_without_parts_has_a_row_all_the_same(empty_first: bool) -> None:
     """`curl -d ''` sends an empty form: no part at all. Its neighbour in the batch must not get its place."""
     empty, raw = RequestMeta("empty", (), ()), requests(b"raw")[0]
-    rows = decode_batch(Batch((empty, raw) if empty_first else (raw, empty)), bytearray(b"raw"))
+    rows = decode_batch(new_batch((empty, raw) if empty_first else (raw, empty)), bytearray(b"raw"))
     expected: list[dict[str, object]] = [{}, {"body": bytearray(b"raw")}]
     assert rows == (expected if empty_first else expected[::-1])
 
@@ -104,7 +104,7 @@ def test_a_request_without_parts_has_a_row_all_the_same(empty_first: bool) -> No
 @pytest.mark.parametrize("body", [b"ab", b"abcd"])
 def test_parts_that_do_not_cover_the_body_are_a_wire_error(body: bytes) -> None:
     with pytest.raises(WireError):
-        decode_batch(Batch(requests(b"abc")), bytearray(body))
+        decode_batch(new_batch(requests(b"abc")), bytearray(body))
 
 
 # ── answers ──

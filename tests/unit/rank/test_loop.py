@@ -16,7 +16,7 @@ from minserve.errors import WireError
 from minserve.rank import threads
 from minserve.rank.loop import Rank
 from minserve.wire.frames import Frame, Kind
-from minserve.wire.messages import Answers, Batch, Failure, Loaded, Metrics, Progress, unpack
+from minserve.wire.messages import Answers, Failure, Loaded, Metrics, Progress, new_batch, unpack
 from tests.unit.rank.rig import (
     DEADLINE_S,
     SHUTDOWN,
@@ -143,7 +143,7 @@ def test_an_archive_brings_its_manifest_and_the_servers_settings(serve: Serve) -
             return [[context.manifest, limit, type(data[0]["body"]).__name__]]
     """
     options = {"manifest": '{"model": {"x": 1}}', "limit_max_image_pixels": False, "decode_input": False}
-    text = frame(Kind.BATCH, Batch(requests(b"abc", content_type="text/plain"), 8), 1, b"abc")
+    text = frame(Kind.BATCH, new_batch(requests(b"abc", content_type="text/plain"), 8), 1, b"abc")
     served = serve(source, text, handler="handler", **options)
     ((_, body),) = served.connection.answers()[0]
     assert json.loads(body) == [{"model": {"x": 1}}, False, "bytearray"]

@@ -28,7 +28,9 @@ from minserve.wire.messages import (
     Shared,
     Shutdown,
     Step,
+    decode_requests,
     inline_lengths,
+    new_batch,
     pack,
     pack_with_body,
     split_body,
@@ -68,7 +70,7 @@ EXAMPLES: list[Message] = [
         0.001,
         True,
     ),
-    Batch((REQUEST, RequestMeta("id-2", (), ())), 4, (Shared(0, 1, 2), Shared(3, 4, 5))),
+    new_batch((REQUEST, RequestMeta("id-2", (), ())), 4, (Shared(0, 1, 2), Shared(3, 4, 5))),
     Step(2**40),
     Shutdown("drain"),
 ]
@@ -85,6 +87,16 @@ def test_a_message_comes_back_as_it_went(message: Message) -> None:
     (frame,) = feed(FrameReader(0, frozenset(Kind)), pack(Kind.LOAD, message, seq=3, flags=1))
     assert (frame.kind, frame.seq, frame.flags, bytes(frame.body)) == (Kind.LOAD, 3, 1, b"")
     assert unpack(type(message), frame.meta) == message
+
+
+def test_a_rank_reads_a_batch_as_it_was_sent_and_its_requests_when_asked_for() -> None:
+    sent = new_batch(both := (REQUEST, RequestMeta("id-2", (), ())), 4, (Shared(0, 1, 2),))
+    (frame,) = feed(FrameReader(0, frozenset(Kind)), pack(Kind.BATCH, sent))
+    taken = unpack(Batch, frame.meta)
+    assert (taken.grant, taken.shared, taken.parts) == (4, sent.shared, (REQUEST.parts, ()))
+    assert decode_requests(taken.requests) == both
+    with pytest.raises(WireError, match="bad requests"):
+        decode_requests(b"\x91\x90")
 
 
 @pytest.mark.parametrize("message", EXAMPLES, ids=lambda message: type(message).__name__)
@@ -125,16 +137,16 @@ def test_random_meta_raises_nothing_but_wire_errors(meta: bytes, kind: type[Mess
 
 def test_bodies_are_neither_joined_nor_copied() -> None:
     bodies: list[Buffer] = [b"abc", bytearray(b"defg"), memoryview(b"hi")]
-    first, *rest = pack_with_body(Kind.BATCH, Batch((REQUEST,)), bodies, seq=9, flags=2)
+    first, *rest = pack_with_body(Kind.BATCH, new_batch((REQUEST,)), bodies, seq=9, flags=2)
     assert all(piece is body for piece, body in zip(rest, bodies, strict=True))
     (frame,) = feed(FrameReader(100, FROM_SERVER), b"".join([first, *rest]))
     assert (frame.seq, frame.flags, bytes(frame.body)) == (9, 2, b"abcdefghi")
-    assert unpack(Batch, frame.meta) == Batch((REQUEST,))
+    assert unpack(Batch, frame.meta) == new_batch((REQUEST,))
 
 
 def test_empty_bodies_make_no_pieces() -> None:
     """`sendmsg` takes a limited number of pieces, and a batch of requests without bodies should be one."""
-    assert len(pack_with_body(Kind.BATCH, Batch(()), [b"", b"x", bytearray()], seq=1)) == 2
+    assert len(pack_with_body(Kind.BATCH, new_batch(()), [b"", b"x", bytearray()], seq=1)) == 2
 
 
 def test_split_body_gives_pieces_of_their_own() -> None:

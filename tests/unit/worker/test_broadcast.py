@@ -22,7 +22,7 @@ async def test_every_rank_gets_the_same_batches_in_the_same_order_numbered_from_
     first = group.links[0].frames
     assert [frame.seq for frame in first] == [1, 2, 3, 4, 5]
     assert [bytes(frame.body) for frame in first] == [b"0.0", b"1.01.1", b"2.02.12.2", b"3.0", b"4.04.1"]
-    assert [len(unpack(Batch, frame.meta).requests) for frame in first] == [1, 2, 3, 1, 2]
+    assert [len(unpack(Batch, frame.meta).parts) for frame in first] == [1, 2, 3, 1, 2]
     assert all(link.frames == first for link in group.links)
 
 
