@@ -151,7 +151,7 @@ async def _read(reply: asyncio.Future[Reply]) -> MinServeError | None:
     """Takes an answer to its end, as a client would: a stream goes on only while somebody reads it. Its error, if any."""
     try:
         stream = (await reply).stream
-        while stream is not None and await stream.next() is not None:
+        while stream is not None and await stream.take(1):
             continue
     except MinServeError as error:
         return error

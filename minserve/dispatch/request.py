@@ -36,6 +36,11 @@ class Stream:
         self.muted = False  # the client has left: what still comes is dropped
 
     @property
+    def waiting(self) -> int:
+        """Bytes that wait for the client."""
+        return self._waiting
+
+    @property
     def has_room(self) -> bool:
         """Whether the client keeps up."""
         return self._waiting < self._room
@@ -68,29 +73,26 @@ class Stream:
             if not self._ended:
                 self._on_change()
 
-    async def next(self) -> Buffer | None:
-        """The next chunk, None at the end.
-
-        Raises:
-            MinServeError: the stream broke off.
-        """
-        taken = await self.take(0)
-        return taken[0] if taken else None
-
     async def take(self, most: int) -> list[Buffer]:
         """The next chunk and those that have come behind it, while all of them stay under so many bytes; none at the end.
 
         Raises:
             MinServeError: the stream broke off.
         """
-        chunks = self._chunks
-        while not chunks:
+        while not self._chunks:
             if self._error is not None:
                 raise self._error
             if self._ended:
                 return []
             self._waiter = asyncio.get_running_loop().create_future()
             await self._waiter
+        return self.take_ready(most)
+
+    def take_ready(self, most: int) -> list[Buffer]:
+        """What `take` gives without waiting; none where none has come."""
+        chunks = self._chunks
+        if not chunks:
+            return []
         taken = [chunks.popleft()]
         size = len(taken[0])
         while chunks and size + len(chunks[0]) < most:
@@ -170,8 +172,10 @@ class Request:
             self.deadline = math.inf
             if self.reply.done():
                 self.stream.muted = True
-            else:
+            else:  # with its chunk in it: whoever is told may take that at once
+                self.stream.put(body)
                 self.reply.set_result(Reply(answer.status, answer.reason, answer.headers, b"", self.stream))
+            return
         self.stream.put(body)
 
     def fail(self, error: Exception) -> None:

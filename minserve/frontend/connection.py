@@ -238,7 +238,10 @@ class Connection(LaneHandler):
                 else:
                     self._probe()
             elif self._carried is not None:
-                self._probe()
+                if self._carried.sent:
+                    self.transport.abort()
+                else:
+                    self._probe()
 
     def _probe(self) -> None:
         if self.transport is not None:

@@ -2,7 +2,8 @@
 
 aiohttp's handling of a request costs more than everything else that the server does for it. Most requests need none of it:
 a small body that has come with its head, for a model that is there, and a small answer. Those go this way. Everything else
-goes aiohttp's, which is the reference: what it would answer is answered here, byte for byte.
+goes aiohttp's, which is the reference: what it would answer is answered here, byte for byte. Of a stream the head and the
+first chunk go this way, and the rest aiohttp's.
 """
 
 from __future__ import annotations
@@ -24,16 +25,17 @@ from minserve.frontend.headers import REQUEST_ID, USUAL, client_id, end_headers,
 from minserve.frontend.inference import METHODS, headers_of
 from minserve.frontend.lane import MAX_BYTES
 from minserve.frontend.passage import Head, Passage
-from minserve.frontend.streaming import BODILESS
+from minserve.frontend.streaming import BODILESS, event_of, framed, make_stream_headers
 from minserve.wire.messages import Part, RequestMeta
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
 
     from aiohttp.http import RawRequestMessage
+    from multidict import CIMultiDict
 
     from minserve.config.server import ServerOptions
-    from minserve.dispatch.request import Reply
+    from minserve.dispatch.request import Reply, Stream
     from minserve.frontend.admission import InFlightBytes
     from minserve.frontend.lane import LaneHandler
     from minserve.frontend.models import Models
@@ -122,12 +124,26 @@ class Express:
         connection = passage.connection
         reply = None if failed else passage.result()
         if reply is None or not self._ordinary(reply) or not connection.takes_answer:
+            if reply is not None and reply.stream is not None and connection.takes_answer:
+                self._begin_stream(passage, reply, reply.stream)
             connection.hand_over(passage)
             return
         self._metrics.answered(reply.status)
         connection.answer(b"".join((_head(reply, asked.meta.id), reply.body)), passage, reply.status)
         dispatcher.meters.frontend.record(asked.entered - passage.began + perf_counter() - replied)
         passage.end()
+
+    def _begin_stream(self, passage: Passage, reply: Reply, stream: Stream) -> None:
+        """Writes the head of a stream and its first chunk: until aiohttp comes to that, a small batch could be worked on."""
+        if reply.status in BODILESS or stream.waiting > MAX_BYTES:
+            return
+        headers = headers_of(reply, passage.asked.meta.id)
+        as_events = make_stream_headers(headers, passage.head.message.headers)
+        headers[hdrs.TRANSFER_ENCODING] = "chunked"
+        chunks = stream.take_ready(MAX_BYTES)
+        if as_events:
+            chunks = [event_of(chunk) for chunk in chunks]
+        passage.connection.begin_answer(_serialized(reply, headers) + framed(chunks), passage)
 
     def _ordinary(self, reply: Reply) -> bool:
         return (
@@ -153,12 +169,17 @@ def _around_length(headers: Headers, text: bytes) -> tuple[bytes, bytes, int] | 
 
 def _head(reply: Reply, id_: str) -> bytes:
     """The head of an answer, as aiohttp would write it after `headers_of` and `finish_headers`."""
-    size, date = len(reply.body), rfc822_formatted_time()
+    size = len(reply.body)
     if not reply.headers and not reply.reason:
         head = f"HTTP/1.1 {reply.status} \r\n{_USUAL}{REQUEST_ID}: {id_}\r\n"
-        return f"{head}Content-Length: {size}\r\nDate: {date}\r\nConnection: keep-alive\r\n\r\n".encode()
+        return f"{head}Content-Length: {size}\r\nDate: {rfc822_formatted_time()}\r\nConnection: keep-alive\r\n\r\n".encode()
     headers = headers_of(reply, id_)
     headers[hdrs.CONTENT_LENGTH] = str(size)
-    headers.setdefault(hdrs.DATE, date)
+    return _serialized(reply, headers)
+
+
+def _serialized(reply: Reply, headers: CIMultiDict[str]) -> bytes:
+    """A head of these headers, but for those that aiohttp sets."""
+    headers.setdefault(hdrs.DATE, rfc822_formatted_time())
     end_headers(headers, keep_alive=True)
     return _serialize_headers(f"HTTP/1.1 {reply.status} {reply.reason}", headers)

@@ -124,6 +124,7 @@ class Inference:
         cast("LaneHandler", request.protocol).take_over(passage)
         asked, model = passage.asked, passage.model
         request[ID] = asked.meta.id
+        request.writer.output_size = passage.sent
         try:
             try:
                 reply = passage.result()

@@ -5,7 +5,8 @@ hidden from whatever would wake it while a passage is under way: what the client
 behind any request that is at work.
 
 What `frontend.express` does not answer itself (errors, streams, large answers, clients that are slow to read) is handed over
-in the end: the request goes to the front of aiohttp's queue with its outcome in the place of its body.
+in the end: the request goes to the front of aiohttp's queue with its outcome in the place of its body. A stream may have
+begun by then.
 """
 
 from __future__ import annotations
@@ -171,6 +172,12 @@ class LaneHandler(web.RequestHandler):
             waiter.set_result(None)
         else:
             self._waiter = waiter
+
+    def begin_answer(self, data: bytes, passage: Passage) -> None:
+        """Writes the first bytes of an answer whose rest is aiohttp's affair: `hand_over` comes next."""
+        if self.transport is not None:
+            self.transport.write(data)
+            passage.sent = len(data)
 
     def hand_over(self, passage: Passage) -> None:
         """Ends a passage whose answer is aiohttp's affair."""

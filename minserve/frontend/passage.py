@@ -73,9 +73,10 @@ class Passage(asyncio.Future[Reply]):
     Attributes:
         asked: what the dispatcher has; its `reply` is this.
         began, since: when it came, on the clock of the meters and on the loop's.
+        sent: bytes of its answer that have gone out already; only a stream is handed over with any.
     """
 
-    __slots__ = ("asked", "began", "connection", "express", "head", "model", "share", "since")
+    __slots__ = ("asked", "began", "connection", "express", "head", "model", "sent", "share", "since")
 
     asked: Request
 
@@ -97,6 +98,7 @@ class Passage(asyncio.Future[Reply]):
         self.share = share
         self.began = began
         self.since = since
+        self.sent = 0
 
     def set_result(self, result: Reply, /) -> None:
         """The answer is there. Whoever sets it has other requests to answer: nothing may be raised here."""

@@ -16,9 +16,10 @@ from aiohttp import HttpVersion11, hdrs, web
 
 from minserve.errors import MinServeError
 from minserve.frontend.connection import STREAM_AHEAD
+from minserve.frontend.passage import Carried
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Mapping, Sequence
 
     from aiohttp.http import StreamWriter
     from multidict import CIMultiDict
@@ -54,12 +55,10 @@ async def stream_reply(
         stall_timeout: seconds for which the client may take no byte.
     """
     try:  # from the first line on: a stream that is not muted in the end would hold its ranks for ever
-        as_events = _shall_be_events(request, headers)
-        if as_events:
-            headers[hdrs.CONTENT_TYPE] = EVENTS
-            headers.setdefault(_NO_BUFFER, "no")
-        headers[MORE] = "true"
-        response = web.StreamResponse(status=reply.status, reason=reply.reason, headers=headers)
+        as_events = make_stream_headers(headers, request.headers)
+        begun = isinstance(request.content, Carried) and request.content.passage.sent > 0
+        make = _Begun if begun else web.StreamResponse
+        response = make(status=reply.status, reason=reply.reason, headers=headers)
         if request.version >= HttpVersion11:
             response.enable_chunked_encoding()
         else:
@@ -83,6 +82,13 @@ async def stream_reply(
     return response
 
 
+class _Begun(web.StreamResponse):
+    """An answer whose head was written by `frontend.express`, as this one would write it."""
+
+    async def _write_headers(self) -> None:
+        pass
+
+
 async def _write(writer: StreamWriter, chunks: Sequence[Buffer]) -> None:
     """Writes the chunks that are there, each framed as one of its own, and waits until the socket has room for more.
 
@@ -94,12 +100,16 @@ async def _write(writer: StreamWriter, chunks: Sequence[Buffer]) -> None:
         await writer.write(b"".join(chunks), drain=False)
     else:
         writer.chunked = False
-        try:  # one of nothing would be the end
-            framed = [piece for chunk in chunks if len(chunk) for piece in (b"%x\r\n" % len(chunk), chunk, b"\r\n")]
-            await writer.write(b"".join(framed), drain=False)
+        try:
+            await writer.write(framed(chunks), drain=False)
         finally:
             writer.chunked = True
     await writer.drain()
+
+
+def framed(chunks: Sequence[Buffer]) -> bytes:
+    """Chunks as they are sent, but for one of nothing, which would be the end."""
+    return b"".join([piece for chunk in chunks if len(chunk) for piece in (b"%x\r\n" % len(chunk), chunk, b"\r\n")])
 
 
 def event_of(chunk: Buffer) -> bytes:
@@ -109,12 +119,26 @@ def event_of(chunk: Buffer) -> bytes:
     return b"".join(b"data: %b\n" % line for line in _LINE_END.split(bytes(chunk))) + b"\n"
 
 
-def _shall_be_events(request: web.Request, headers: CIMultiDict[str]) -> bool:
+def make_stream_headers(headers: CIMultiDict[str], asked: Mapping[str, str]) -> bool:
+    """Makes those of an answer those of a stream. Returns whether its chunks become events.
+
+    Args:
+        asked: the request's headers.
+    """
+    as_events = _shall_be_events(asked, headers)
+    if as_events:
+        headers[hdrs.CONTENT_TYPE] = EVENTS
+        headers.setdefault(_NO_BUFFER, "no")
+    headers[MORE] = "true"
+    return as_events
+
+
+def _shall_be_events(asked: Mapping[str, str], headers: CIMultiDict[str]) -> bool:
     """Whether chunks become events: the client asks for them by name, and the handler sends text that is none yet."""
     kind = headers.get(hdrs.CONTENT_TYPE, "")
     if kind.lower().startswith(EVENTS) or (kind and not _TEXT.match(kind)):
         return False
-    for wanted in request.headers.get(hdrs.ACCEPT, "").lower().split(","):
+    for wanted in asked.get(hdrs.ACCEPT, "").lower().split(","):
         name, *parameters = (part.strip() for part in wanted.split(";"))
         if name == EVENTS:
             return not any(re.fullmatch(r"q=0(\.0*)?", parameter) for parameter in parameters)

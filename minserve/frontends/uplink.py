@@ -159,9 +159,9 @@ class RelayedStream(Stream):
         self._taken = 0
         self.stall_timeout = stall_timeout
 
-    async def take(self, most: int) -> list[Buffer]:
-        """See `Stream.take`."""
-        chunks = await super().take(most)
+    def take_ready(self, most: int) -> list[Buffer]:
+        """See `Stream.take_ready`."""
+        chunks = super().take_ready(most)
         self._taken += sum(map(len, chunks))
         if self._taken >= AHEAD // 2:  # not with each chunk: the server need not hear of every token
             self._uplink.channel.send(Kind.TAKEN, self._number, Taken(self._taken))

@@ -192,9 +192,9 @@ async def test_what_is_past_its_deadline_or_has_no_client_or_streams_is_not_sent
         await late
     reply = await streams
     assert reply.stream is not None
-    assert await reply.stream.next() == b"1"
+    assert await reply.stream.take(1) == [b"1"]
     with pytest.raises(WorkerFailed):
-        await reply.stream.next()
+        await reply.stream.take(1)
     assert await bodies([good]) == "g"
 
 
@@ -480,7 +480,7 @@ async def test_a_stream_that_has_begun_has_no_deadline() -> None:
     stream = (await a).stream
     assert stream is not None
     request.answer(Answer(0, 1), b"2")
-    assert [await stream.next() for _ in range(3)] == [b"1", b"2", None]
+    assert [await stream.take(1) for _ in range(3)] == [[b"1"], [b"2"], []]
 
 
 # ── clients that leave ──

@@ -17,9 +17,9 @@ def new_request() -> Request:
 
 
 async def drain(stream: Stream) -> list[bytes]:
-    chunks = []
-    while (chunk := await stream.next()) is not None:
-        chunks.append(bytes(chunk))
+    chunks: list[bytes] = []
+    while some := await stream.take(1):
+        chunks += map(bytes, some)
     return chunks
 
 
@@ -70,10 +70,10 @@ async def test_a_failure_in_mid_stream_comes_after_the_chunks() -> None:
     request.fail(WorkerFailed("rank 1 died"))
     request.answer(ANSWER, b"too late")
     assert request.stream is not None
-    assert await request.stream.next() == b"1"
+    assert await request.stream.take(1) == [b"1"]
     for _ in range(2):  # asked again it is no clean end either
         with pytest.raises(WorkerFailed, match="rank 1 died"):
-            await request.stream.next()
+            await request.stream.take(1)
 
 
 @pytest.mark.asyncio
@@ -101,18 +101,18 @@ async def test_muting_drops_what_has_come_and_what_will() -> None:
 
 @pytest.mark.asyncio
 @pytest.mark.parametrize("event", ["put", "end", "error"])
-async def test_next_waits_for_what_comes(event: str) -> None:
+async def test_take_waits_for_what_comes(event: str) -> None:
     stream = Stream(100, lambda: None)
-    waiting = asyncio.create_task(stream.next())
+    waiting = asyncio.create_task(stream.take(1))
     await asyncio.sleep(0)
     assert not waiting.done()
     match event:
         case "put":
             stream.put(b"1")
-            assert await waiting == b"1"
+            assert await waiting == [b"1"]
         case "end":
             stream.end()
-            assert await waiting is None
+            assert await waiting == []
         case "error":
             stream.end(WorkerFailed("dead"))
             with pytest.raises(WorkerFailed):
@@ -120,15 +120,15 @@ async def test_next_waits_for_what_comes(event: str) -> None:
 
 
 @pytest.mark.asyncio
-async def test_a_cancelled_next_loses_no_chunk() -> None:
+async def test_a_cancelled_take_loses_no_chunk() -> None:
     stream = Stream(100, lambda: None)
-    waiting = asyncio.create_task(stream.next())
+    waiting = asyncio.create_task(stream.take(1))
     await asyncio.sleep(0)
     waiting.cancel()
     stream.put(b"1")
     with pytest.raises(asyncio.CancelledError):
         await waiting
-    assert await stream.next() == b"1"
+    assert await stream.take(1) == [b"1"]
 
 
 @pytest.mark.asyncio

@@ -183,7 +183,7 @@ class Raw:
         """What comes until the last chunk of an answer in chunks."""
         got = b""
         async with asyncio.timeout(10):
-            while not got.endswith(b"\r\n0\r\n\r\n"):
+            while not (b"\r\n" + got).endswith(b"\r\n0\r\n\r\n"):
                 received = await self.reader.read(2**20)
                 assert received, "the connection has ended before the answer"
                 got += received

@@ -2,7 +2,9 @@
 
 import asyncio
 import logging
+import os
 import re
+import socket
 from collections.abc import Callable
 from pathlib import Path
 
@@ -44,11 +46,20 @@ def failing(error: MinServeError) -> Callable[[Request], object]:
     return lambda request: request.fail(error)
 
 
-def chunks(*parts: bytes) -> Callable[[Request], object]:
+def chunks(
+    *parts: Buffer,
+    status: int = 200,
+    reason: str = "",
+    headers: tuple[tuple[str, str], ...] = (),
+    error: MinServeError | None = None,
+) -> Callable[[Request], object]:
     def handle(request: Request) -> None:
         for part in parts:
-            request.chunk(Answer(0, len(part)), part, 2**20, lambda: None)
-        request.answer(Answer(0, 0), b"")
+            request.chunk(Answer(0, len(part), status, reason, headers), part, 2**20, lambda: None)
+        if error is None:
+            request.answer(Answer(0, 0), b"")
+        else:
+            request.fail(error)
 
     return handle
 
@@ -88,7 +99,6 @@ REPLIES = {
     "too large": replying(b"x" * 50_000),
     "failed": failing(WorkerFailed("rank 1 died")),
     "no workers": failing(NoWorkers("m", "")),
-    "chunks": chunks(b"one", b"two"),
 }
 
 
@@ -129,6 +139,56 @@ async def test_an_answer_is_aiohttps_to_the_byte(reply: str, monkeypatch: pytest
     assert found[0] == found[1]
     assert b"\r\nx-request-id: ID\r\n" in found[0][0]
     assert b"\r\nx-request-id: mine\r\n" in found[0][2]
+
+
+STREAMS = {
+    "plain": chunks(b"one", bytearray(b"two\n"), memoryview(b"-3-")[1:2]),
+    "nothing first": chunks(b"", b"one"),
+    "nothing": chunks(b""),
+    "reason": chunks(b"one", status=418, reason="I'm a teapot, ja"),
+    "599": chunks(b"one", status=599),
+    "204": chunks(b"one", status=204),
+    "304": chunks(b"one", status=304),
+    "typed": chunks(b"{}", headers=TYPED),
+    "untyped": chunks(b"one", headers=(("content-type", ""),)),
+    "image": chunks(b"one", headers=(("Content-Type", "image/png"),)),
+    "events": chunks(b"data: 1\n\n", headers=(("content-type", "text/event-stream"), ("X-Accel-Buffering", "yes"))),
+    "odd": chunks(b"one", headers=ODD),
+    "framing": chunks(b"one", headers=FRAMING),
+    "server": chunks(b"one", headers=(("Server", "forged"), ("Expires", "0"), ("TS_stream_NEXT", "no"))),
+    "largest": chunks(b"x" * MAX_BYTES, b"y"),
+    "too large for it": chunks(b"x" * (MAX_BYTES + 1), b"y"),
+}
+
+
+@pytest.mark.parametrize("accept", [b"*/*", b"text/event-stream"], ids=["bytes", "events"])
+@pytest.mark.parametrize("stream", STREAMS)
+async def test_a_stream_is_aiohttps_to_the_byte(stream: str, accept: bytes, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("minserve.registry.making.Supervisor", FakeSupervisor)
+    found = []
+    for express in (True, False):
+        async with Rig(express=express) as rig:
+            rig.lane.handle = STREAMS[stream]
+            found.append(await answers(rig, *[post(b"abc", b"Accept: " + accept)] * 2))
+            assert [carried(request) for request in rig.lane.requests] == [express] * 2
+            assert rig.in_flight.used == 0
+    assert found[0] == found[1]
+
+
+@pytest.mark.parametrize("accept", [b"*/*", b"text/event-stream"], ids=["bytes", "events"])
+@pytest.mark.parametrize("begins_with", [b"", b"one", b"x" * (MAX_BYTES + 1)], ids=["nothing", "little", "much"])
+async def test_a_stream_that_breaks_off_is_aiohttps_to_the_byte(
+    begins_with: bytes, accept: bytes, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("minserve.registry.making.Supervisor", FakeSupervisor)
+    found = []
+    for express in (True, False):
+        async with Rig(express=express) as rig, rig.client() as client:
+            rig.lane.handle = chunks(begins_with, error=WorkerFailed("gone"))
+            client.send(post(b"abc", b"Accept: " + accept))
+            found.append(masked(await client.rest()))
+            assert carried(rig.lane.requests[0]) == express
+    assert found[0] == found[1]
 
 
 async def test_what_the_ranks_get_is_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -456,6 +516,37 @@ async def test_a_client_that_leaves_behind_its_head_is_forgotten(rig: Rig, monke
     assert len(rig.lane.requests) == 1
 
 
+# ── streams ──
+
+
+async def test_the_first_chunk_leaves_before_aiohttp_wakes_up(rig: Rig, held: list[Request]) -> None:
+    async with rig.client() as client:
+        client.send(post())
+        await until(lambda: held)
+        held[0].chunk(Answer(0, 3), b"one", 100, lambda: None)
+        with socket.socket(fileno=os.dup(client.writer.get_extra_info("socket").fileno())) as sock:
+            come = sock.recv(2**16, socket.MSG_PEEK)
+        assert come.startswith(b"HTTP/1.1 200 ")
+        assert come.endswith(b"\r\n\r\n3\r\none\r\n")
+        assert held[0].stream is not None
+        assert held[0].stream.has_room
+
+
+async def test_a_client_that_ends_its_direction_behind_the_first_chunk_has_left(rig: Rig, held: list[Request]) -> None:
+    """There is no byte that could be sent to see whether it is still there: an answer has begun."""
+    async with rig.client() as client:
+        client.send(post())
+        await until(lambda: held)
+        (one,) = rig.connections.connections
+        held[0].chunk(Answer(0, 3), b"one", 100, lambda: None)
+        one.eof_received()
+        assert b"100 Continue" not in await client.rest()
+    assert held[0].stream is not None
+    assert held[0].stream.muted
+    await until(lambda: not rig.connections.connections)
+    assert (rig.registry.find("m").dispatcher._live, rig.in_flight.used) == (set(), 0)
+
+
 # ── clients that leave, and do not read ──
 
 
@@ -604,7 +695,7 @@ async def test_each_answer_has_its_line_in_the_access_log(
 ) -> None:
     caplog.set_level(logging.INFO, "minserve.access")
     async with rig.client() as client:
-        for outcome in (replying(status=201), failing(WorkerFailed("gone"))):
+        for outcome in (replying(status=201), failing(WorkerFailed("gone")), chunks(b"a", status=202)):
             client.send(post())
             await until(lambda: held)
             request = held.pop()
@@ -612,11 +703,12 @@ async def test_each_answer_has_its_line_in_the_access_log(
             request.reply.since -= 1000.0
             outcome(request)
             await client.answer()
-        await until(lambda: len(caplog.records) == 2)
+        await until(lambda: len(caplog.records) == 3)
     lines = [record.getMessage() for record in caplog.records if record.name == "minserve.access"]
     assert [re.sub(r":\d+ |\d{3}$", " ", line) for line in lines] == [
         '/127.0.0.1 "POST /predictions/m HTTP/1.1" 201 1000 ',
         f'/127.0.0.1 "POST /predictions/m HTTP/1.1" {WorkerFailed("").status} 1000 ',
+        '/127.0.0.1 "POST /predictions/m HTTP/1.1" 202 1000 ',
     ]
 
 
@@ -624,12 +716,13 @@ async def test_answers_are_counted_and_measured(rig: Rig, monkeypatch: pytest.Mo
     counted: list[int] = []
     monkeypatch.setattr(rig.registry.metrics, "answered", counted.append)
     async with rig.client() as client:
-        for handle in (replying(status=404), failing(WorkerFailed("gone")), replying()):
+        for handle in (replying(status=404), failing(WorkerFailed("gone")), replying(), chunks(b"a", b"b", status=202)):
             rig.lane.handle = handle
             client.send(post())
             await client.answer()
-    assert counted == [404, WorkerFailed("").status, 200]
-    assert sum(rig.registry.find("m").dispatcher.meters.frontend._counts) == 2
+        await client.rest_of_chunks()
+    assert counted == [404, WorkerFailed("").status, 200, 202]
+    assert sum(rig.registry.find("m").dispatcher.meters.frontend._counts) == 3
 
 
 async def test_a_mistake_of_ours_costs_one_connection_and_no_other_request(

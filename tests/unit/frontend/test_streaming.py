@@ -425,6 +425,7 @@ async def test_a_client_that_takes_as_much_as_comes_is_no_stalled_one(rig: Rig, 
         send(held[0], b"one")
         assert await client.reader.readuntil(b"3\r\none\r\n")
         connection = connection_of(rig)
+        await until(lambda: connection._current_request is not None)
         aborted: list[bool] = []
         always_full = SimpleNamespace(
             is_closing=lambda: False, get_write_buffer_size=lambda: 10_000, abort=lambda: aborted.append(True)

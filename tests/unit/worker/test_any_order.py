@@ -140,7 +140,7 @@ async def test_streams_beside_each_other_have_grants_of_their_own() -> None:
     assert cancels(group) == [3]
     group.reply(2, b"end")
     assert first.stream is not None
-    assert [await first.stream.next() for _ in range(3)] == [b"d", b"end", None]
+    assert [await first.stream.take(1) for _ in range(3)] == [[b"d"], [b"end"], []]
 
 
 async def test_a_failure_is_its_own_requests_alone() -> None:

@@ -627,9 +627,9 @@ async def test_chunks_reach_the_request_that_they_are_for_and_the_reply_ends_the
     for client in (one, two):
         stream = client.reply.result().stream
         assert stream is not None
-        chunks = []
-        while (chunk := await stream.next()) is not None:
-            chunks.append(bytes(chunk))
+        chunks: list[bytes] = []
+        while some := await stream.take(1):
+            chunks += map(bytes, some)
         received.append(chunks)
     assert received == [[b"one"], [b"two", b"zwei", b"drei"]]
     assert group.broadcast.has_place()
@@ -642,9 +642,9 @@ async def test_a_stream_whose_worker_ends_breaks_off_after_what_has_come() -> No
     group.broadcast.fail_all(WorkerFailed("rank 1 died"), begun=1)
     stream = client.reply.result().stream
     assert stream is not None
-    assert await stream.next() == b"x"
+    assert await stream.take(1) == [b"x"]
     with pytest.raises(WorkerFailed, match="rank 1 died"):
-        await stream.next()
+        await stream.take(1)
 
 
 async def test_a_batch_that_cannot_be_encoded_leaves_no_gap() -> None:

@@ -16,7 +16,7 @@ pytestmark = pytest.mark.asyncio
 
 async def read(stream: object, chunks: int = 1) -> None:
     for _ in range(chunks):
-        assert await stream.next()  # type: ignore[attr-defined]
+        assert await stream.take(1)  # type: ignore[attr-defined]
 
 
 def cancelled(group: Group, rank: int, seq: int) -> None:
@@ -233,9 +233,9 @@ async def test_a_chunk_that_cannot_be_sent_is_the_clients_error_and_the_stream_i
     group.steps = {0: 2, 1: 1}
     group.error(0, 1, failure("chunk", "", ""))
     assert request.stream is not None
-    assert await request.stream.next() == b"c"
+    assert await request.stream.take(1) == [b"c"]
     with pytest.raises(HandlerError, match="no such word"):
-        await request.stream.next()
+        await request.stream.take(1)
     assert group.told(Kind.CANCEL, 0) == group.told(Kind.CANCEL, 1) == [AHEAD]
     group.chunk(1, step=2)
     cancelled(group, 0, 1)
