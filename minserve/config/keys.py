@@ -170,7 +170,8 @@ class MinServeConfig(_Keys):
     """Steps of a stream that the ranks may be ahead of what the server has received. Default: 8, and up to 64 while steps
     come faster than the server takes them one by one."""
     stream_buffer: Count = 1024 * 1024
-    """Bytes of a stream that wait for one client; with more the ranks pause, all at the same step. Default 1048576."""
+    """Bytes of a stream that wait for one client, where each chunk counts for 100 more than it has; with more the ranks
+    pause, all at the same step. Default 1048576."""
     stream_stall_timeout: Timeout = 30.0
     """Seconds for which a client of a stream may take no byte before it counts as gone. Default 30."""
     retry_in_flight: Whole = 0

@@ -15,11 +15,14 @@ if TYPE_CHECKING:
     from minserve.wire.messages import Answer, Buffer, RequestMeta
 
 
+CHUNK_OVERHEAD = 100  # bytes that a chunk takes beside its own: of small ones most of what they take
+
+
 class Stream:
     """The chunks of one streaming answer on their way from rank 0 to the client.
 
     Args:
-        room: bytes of chunks that may wait before the ranks are to pause.
+        room: bytes that may wait, with `CHUNK_OVERHEAD` for each chunk, before the ranks are to pause.
         on_change: called when it has room again, and when the client has left.
     """
 
@@ -29,7 +32,7 @@ class Stream:
         self._room = room
         self._on_change = on_change
         self._chunks: deque[Buffer] = deque()
-        self._waiting = 0  # bytes of them
+        self._waiting = 0  # bytes of them, with what they take beside
         self._waiter: asyncio.Future[None] | None = None
         self._ended = False
         self._error: Exception | None = None
@@ -37,7 +40,7 @@ class Stream:
 
     @property
     def waiting(self) -> int:
-        """Bytes that wait for the client."""
+        """Bytes that wait for the client, with `CHUNK_OVERHEAD` for each chunk."""
         return self._waiting
 
     @property
@@ -54,7 +57,7 @@ class Stream:
         """One more chunk. One of nothing behind others is nothing to anybody; without them it lets the answer's head go."""
         if not self.muted and not self._ended and (len(chunk) or not self._chunks):
             self._chunks.append(chunk)
-            self._waiting += len(chunk)
+            self._waiting += len(chunk) + CHUNK_OVERHEAD
             self._wake()
 
     def end(self, error: Exception | None = None) -> None:
@@ -99,7 +102,7 @@ class Stream:
             taken.append(chunks.popleft())
             size += len(taken[-1])
         had_room = self.has_room
-        self._waiting -= size
+        self._waiting -= size + CHUNK_OVERHEAD * len(taken)
         if self.has_room and not had_room:
             self._on_change()
         return taken

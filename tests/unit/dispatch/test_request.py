@@ -5,7 +5,7 @@ import math
 
 import pytest
 
-from minserve.dispatch.request import Request, Stream
+from minserve.dispatch.request import CHUNK_OVERHEAD, Request, Stream
 from minserve.errors import DeadlineExceeded, WorkerFailed
 from minserve.wire.messages import Answer, RequestMeta
 
@@ -134,7 +134,7 @@ async def test_a_cancelled_take_loses_no_chunk() -> None:
 @pytest.mark.asyncio
 async def test_what_has_come_is_taken_together_but_not_more_bytes_than_are_wanted() -> None:
     changes: list[bool] = []
-    stream = Stream(5, lambda: changes.append(stream.has_room))
+    stream = Stream(5 + 2 * CHUNK_OVERHEAD, lambda: changes.append(stream.has_room))
     for chunk in (b"1", b"22", b"333", b"4444444", b"5"):
         stream.put(chunk)
     assert await stream.take(6) == [b"1", b"22"]
@@ -146,6 +146,18 @@ async def test_what_has_come_is_taken_together_but_not_more_bytes_than_are_wante
     assert await stream.take(6) == [b"5"]
     assert await stream.take(6) == []
     assert changes == [True]
+
+
+@pytest.mark.asyncio
+async def test_small_chunks_count_for_what_they_take() -> None:
+    stream = Stream(1000, lambda: None)
+    count = 0
+    while stream.has_room:
+        stream.put(b"1")
+        count += 1
+    assert count <= 1000 / CHUNK_OVERHEAD
+    assert len(await stream.take(1000)) == count
+    assert stream.waiting == 0
 
 
 @pytest.mark.asyncio

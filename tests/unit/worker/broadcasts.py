@@ -15,7 +15,7 @@ from minserve.worker.outstanding import Limits
 from tests.fakes import FakeClock, MemoryLink, feed
 
 TIMEOUT, FIRST, GRACE = 10.0, 50.0, 2.0
-AHEAD, BUFFER = 4, 100  # steps, bytes
+AHEAD, BUFFER = 4, 10_000  # steps, bytes
 
 
 class Group:
