@@ -17,7 +17,7 @@ from minserve.frontend.admission import InFlightBytes
 from minserve.frontend.aliases import no_model_named
 from minserve.frontend.auth import Kind as KeyKind
 from minserve.frontends.messages import Allowed, Answered, Ask, Log, Recorded, Refused, Submit, Taken
-from minserve.frontends.relay import Relay
+from minserve.frontends.relay import AHEAD, Relay
 from minserve.wire.frames import Kind
 from minserve.wire.messages import split_body, unpack
 
@@ -173,9 +173,11 @@ class Door:
             answered = Answered(reply.status, reply.reason, headers)
             self._channel.send_with_body(Kind.ANSWER, number, answered, [reply.body])
             return
-        head = Answered(reply.status, reply.reason, headers, model.stream_stall_timeout)
-        self._channel.send(Kind.STREAM, number, head)
-        self._relays[number] = Relay(number, reply.stream, self._channel, self._relays)
+        chunks = reply.stream.take_ready(AHEAD)
+        lengths = tuple(map(len, chunks))
+        head = Answered(reply.status, reply.reason, headers, model.stream_stall_timeout, lengths)
+        self._channel.send_with_body(Kind.STREAM, number, head, chunks)
+        self._relays[number] = Relay(number, reply.stream, self._channel, self._relays, sum(lengths))
 
     def _refuse(self, number: int, error: BaseException) -> None:
         if not isinstance(error, MinServeError):

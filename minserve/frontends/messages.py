@@ -104,16 +104,18 @@ class Allowed(Message):
 
 
 class Answered(Message):
-    """Meta of ANSWER, whose body follows, and of STREAM.
+    """Meta of ANSWER, whose body follows, and of STREAM, whose body are the chunks that have come.
 
     Attributes:
         stall_timeout: seconds for which a stream's client may take no byte.
+        lengths: of a stream's chunks.
     """
 
     status: int
     reason: str
     headers: tuple[tuple[str, str], ...]
     stall_timeout: float = 0.0
+    lengths: tuple[int, ...] = ()
 
 
 class Piece(Message):

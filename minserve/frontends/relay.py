@@ -27,14 +27,15 @@ class Relay:
 
     Args:
         relays: where this one is to be found by its number while it is at work.
+        sent: bytes of it that are under way already, with its head.
     """
 
-    def __init__(self, number: int, stream: Stream, channel: Channel, relays: dict[int, Relay]) -> None:
+    def __init__(self, number: int, stream: Stream, channel: Channel, relays: dict[int, Relay], sent: int = 0) -> None:
         self._number = number
         self._stream = stream
         self._channel = channel
         self._relays = relays
-        self._under_way = 0
+        self._under_way = sent
         self._room = asyncio.Event()
         self._task = asyncio.create_task(self._run())
 
@@ -52,13 +53,12 @@ class Relay:
     async def _run(self) -> None:
         number, channel = self._number, self._channel
         try:
+            await self._wait_for_room()
             while chunks := await self._stream.take(AHEAD - self._under_way):
                 lengths = tuple(map(len, chunks))
                 channel.send_with_body(Kind.PIECE, number, Piece(lengths), chunks)
                 self._under_way += sum(lengths)
-                while self._under_way >= AHEAD:
-                    self._room.clear()
-                    await self._room.wait()
+                await self._wait_for_room()
             channel.send(Kind.END, number)
         except Exception as error:
             if not isinstance(error, MinServeError):
@@ -67,3 +67,8 @@ class Relay:
         finally:
             self._stream.mute()
             self._relays.pop(number, None)
+
+    async def _wait_for_room(self) -> None:
+        while self._under_way >= AHEAD:
+            self._room.clear()
+            await self._room.wait()

@@ -101,7 +101,7 @@ class Uplink:
                 if not request.reply.done():
                     request.reply.set_result(Reply(answered.status, answered.reason, answered.headers, frame.body))
             case Kind.STREAM if number in self._waiting:
-                self._begin_stream(number, unpack(Answered, frame.meta))
+                self._begin_stream(number, unpack(Answered, frame.meta), frame.body)
             case Kind.PIECE if number in self._streams:
                 for chunk in split_body(frame.body, unpack(Piece, frame.meta).lengths):
                     self._streams[number].put(chunk)
@@ -114,13 +114,16 @@ class Uplink:
                 if asked is not None and not asked.done():
                     asked.set_result(unpack(Allowed, frame.meta).request_timeout)
 
-    def _begin_stream(self, number: int, head: Answered) -> None:
+    def _begin_stream(self, number: int, head: Answered, body: bytearray) -> None:
+        chunks = split_body(body, head.lengths)
         request = self._pop(number)
         stream = RelayedStream(number, self, head.stall_timeout)
         if request.reply.done():
             stream.mute()
             return
         self._streams[number] = request.stream = stream
+        for chunk in chunks:
+            stream.put(chunk)
         request.reply.set_result(Reply(head.status, head.reason, head.headers, b"", stream))
 
     def _refused(self, number: int, error: ToldError) -> None:

@@ -76,6 +76,20 @@ async def test_no_more_is_under_way_than_the_client_takes() -> None:
     assert stream.muted, "nobody wants more of it"
 
 
+async def test_what_went_with_the_head_is_under_way_too() -> None:
+    wire = Wire()
+    stream = Stream(2**30, lambda: None)
+    relays: dict[int, Relay] = {}
+    relays[1] = Relay(1, stream, cast("Channel", wire), relays, AHEAD)
+    stream.put(PIECE)
+    await settle()
+    assert wire.bytes == 0
+    relays[1].taken(1)
+    await settle()
+    assert wire.bytes == len(PIECE)
+    relays[1].cancel()
+
+
 async def test_what_has_come_goes_with_one_frame_and_comes_out_as_it_went_in() -> None:
     wire = Wire()
     relay, stream = relayed(wire, 0)

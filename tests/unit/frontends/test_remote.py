@@ -9,6 +9,7 @@ from minserve.dispatch.request import Request
 from minserve.errors import DeadlineExceeded, NoWorkers, QueueFull
 from minserve.frontend.auth import KEY_FILE, Keys, Kind
 from minserve.frontend.passage import Passage
+from minserve.frontends.relay import Relay
 from minserve.wire.messages import Answer
 from tests.unit.frontend.rig import MAX_BODY, FakeSupervisor
 from tests.unit.frontends.rig import Behind
@@ -102,6 +103,23 @@ async def test_what_is_measured_is_told_when_it_is_asked_for(rig: Behind) -> Non
     assert [line.split()[-1] for line in text.splitlines() if line.startswith("Requests")] == ["4.0", "1.0"]
     frontend = rig.registry.find("m").dispatcher.meters.frontend
     assert frontend.buckets()[-1][1] == 3
+
+
+async def test_the_first_chunks_come_with_the_head(
+    rig: Behind, held: list[Request], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def say_nothing(relay: Relay) -> None:
+        pass
+
+    monkeypatch.setattr(Relay, "_run", say_nothing)
+    async with rig.client() as client:
+        client.send(b"POST /predictions/m HTTP/1.1\r\nHost: x\r\nContent-Length: 1\r\n\r\nx")
+        await until(lambda: held)
+        for chunk in (b"one", b"", b"two"):
+            held[0].chunk(Answer(0, len(chunk)), chunk, 100, lambda: None)
+        async with asyncio.timeout(10):
+            assert await client.reader.readuntil(b"two\r\n")
+        rig.door.close()
 
 
 async def test_small_predictions_go_past_aiohttp_here_too(rig: Behind, held: list[Request]) -> None:
