@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 from urllib.parse import parse_qsl
 
 from aiohttp import HttpVersion11, hdrs
@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 
     from minserve.config.server import ServerOptions
     from minserve.frontend.admission import Share
+    from minserve.frontend.connection import Connection
     from minserve.wire.arena import Arena
     from minserve.wire.messages import Buffer
 
@@ -85,11 +86,16 @@ class BodyReader:
             rest[: len(chunk)] = chunk
             rest = rest[len(chunk) :]
 
-        await self._receive(request, share, deadline, put)
+        await self._receive(request, share, deadline, put, view)
         return view
 
     async def _receive(
-        self, request: web.Request, share: Share, deadline: float, take: Callable[[bytes], None]
+        self,
+        request: web.Request,
+        share: Share,
+        deadline: float,
+        take: Callable[[bytes], None],
+        place: memoryview | None = None,
     ) -> None:
         declared = request.content_length
         if declared is not None:
@@ -97,16 +103,21 @@ class BodyReader:
             share.grow(declared)
         await send_continue(request)
         limit = asyncio.get_running_loop().time() + self._timeout
-        size = 0
+        size, content = 0, request.content
         try:
             async with asyncio.timeout_at(min(limit, deadline)):
-                while chunk := await request.content.readany():
+                while True:
+                    if place is not None and size == content.total_bytes:
+                        await cast("Connection", request.protocol).receive(content, place[size:])
+                    if not (chunk := await content.readany()):
+                        break
                     size += len(chunk)
                     if declared is None:
                         self._check_size(size)
                         share.grow(len(chunk))
                     take(chunk)
         except TimeoutError:
+            size = content.total_bytes
             have = f"{size} of its {declared} bytes" if declared is not None else f"{size} bytes and no end of it"
             error: MinServeError = (
                 DeadlineExceeded(f"the request's deadline passed while its body was read; {have} had arrived")

@@ -26,6 +26,7 @@ from minserve.frontend.body import give_up_body
 from minserve.frontend.errors import error_response, from_parser, refusal
 from minserve.frontend.headers import REQUEST_ID, request_id
 from minserve.frontend.heads import MAX_HEAD, head_too_large, wrong_with
+from minserve.frontend.intake import WORTH, Intake
 from minserve.frontend.lane import LaneHandler
 
 if TYPE_CHECKING:
@@ -187,6 +188,18 @@ class Connection(LaneHandler):
         response.headers[REQUEST_ID] = request_id(request.headers)
         response.force_close()
         return response
+
+    # ── a body past the parser ──
+
+    async def receive(self, content: StreamReader, rest: memoryview) -> None:
+        """Takes the rest of the body of the request at work, all that the parser has not had, if that is worth it."""
+        if len(rest) >= WORTH and not (self._reading_paused or self._half_closed or content.exception()):
+            await Intake(self, content, rest).take()
+
+    def leave_body(self) -> None:
+        """Nobody wants the rest of a body that the parser knows nothing of."""
+        self._ending = True
+        self.close()
 
     # ── a client that has ended its direction, or has gone ──
 

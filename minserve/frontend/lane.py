@@ -14,7 +14,8 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from aiohttp import hdrs, web
-from aiohttp.web_protocol import _ErrInfo
+from aiohttp.http import HttpRequestParser
+from aiohttp.web_protocol import MAX_MSG_QUEUE_SIZE, RequestPayloadError, _ErrInfo
 
 from minserve.frontend.access_log import AccessLogger
 from minserve.frontend.passage import Carried
@@ -113,6 +114,21 @@ class LaneHandler(web.RequestHandler):
         self._due = max(end + int(message.headers.get(hdrs.CONTENT_LENGTH, 0)) - len(data), -1)
         if self._express is not None and self._due >= 0 and end <= MAX_KNOWN:
             self._known = self._express.read(message, data[:end])
+
+    def stand_between_requests(self) -> None:
+        """A body has come that the parser does not know of, and it cannot be told. A new one takes its place."""
+        self._parser = HttpRequestParser(
+            self,
+            self._loop,
+            self._read_bufsize,
+            max_line_size=self.max_line_size,
+            max_field_size=self.max_field_size,
+            max_headers=self.max_headers,
+            payload_exception=RequestPayloadError,
+            auto_decompress=False,
+            max_msg_queue_size=MAX_MSG_QUEUE_SIZE,
+        )
+        self._due = 0
 
     def go_on(self, data: bytes) -> None:
         """Wakes aiohttp for the requests that have come, unless these bytes are a single one and it can be carried."""

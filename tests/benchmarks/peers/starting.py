@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 
 APPS = Path(__file__).parent
 BARE = "bare aiohttp"
+RECEIVER = "a plain socket"
 MOSEC, LITSERVE, RAY = "mosec", "LitServe", "Ray Serve"
 ONE, BATCH = "one", "batch"  # the models of mosec, LitServe and Ray Serve
 POLL_S = 0.05
@@ -31,6 +32,13 @@ def bare(workspace: Workspace) -> Iterator[Up]:
     """The aiohttp application, in our own environment."""
     with Program(workspace, "bare", [sys.executable, "-m", "tests.benchmarks.peers.bare_app"]) as program:
         yield Up(BARE, program.wait_for(r"^http\S*")[0], program.pid, program)
+
+
+@contextlib.contextmanager
+def receiver(workspace: Workspace) -> Iterator[Up]:
+    """What only takes a body from its socket."""
+    with Program(workspace, "receiver", [sys.executable, "-m", "tests.benchmarks.peers.receiver_app"]) as program:
+        yield Up(RECEIVER, program.wait_for(r"^http\S*")[0], program.pid, program)
 
 
 @contextlib.contextmanager

@@ -1,6 +1,7 @@
 """Bodies from 64 KiB to 16 MiB to 1, 2 and 8 ranks, for one client; answers are small. A copy of 16 MiB takes turns, too.
 
-Handlers get a bytearray of their own, which is a copy on every rank; 16 MiB also as a view, which is none.
+Handlers get a bytearray of their own, which is a copy on every rank; 16 MiB also as a view, which is none. What only reads
+16 MiB from its socket takes turns, too: over this machine's TCP no server can be faster.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ from contextlib import ExitStack
 from typing import TYPE_CHECKING
 
 from tests.benchmarks.contest import OURS, Load, pick, take_turns
-from tests.benchmarks.peers.starting import BARE
+from tests.benchmarks.peers.starting import BARE, RECEIVER, receiver
 from tests.benchmarks.peers.torchserve import TORCHSERVE
 from tests.benchmarks.plot import Panel
 from tests.benchmarks.report import Aim, Findings, compare
@@ -64,6 +65,7 @@ def measure(run: Run) -> Findings:
         with run.forgive(TORCHSERVE):
             theirs = stack.enter_context(run.server(TORCHSERVE, [models[2]]))
         bare = run.bare(stack)
+        floor = stack.enter_context(receiver(run.workspace))
         found: dict[int, Loads] = {}
         for size in sorted((*run.plan.sizes, LARGE)):
             answer = str(size).encode()
@@ -76,11 +78,17 @@ def measure(run: Run) -> Findings:
             if size == LARGE:
                 for ranks, model in views.items():
                     contestants[_view(ranks)] = run.clients(ours, model.name, 1, size, answer)
+                contestants[RECEIVER] = run.clients(floor, "", 1, size, answer)
                 contestants[MEMCPY] = Memcpy()
             found[size] = take_turns(run, f"bodies of {_size(size)}", contestants)
     rows = [row for size, loads in found.items() for row in _rows(size, loads)]
     ours_by_ranks = [*map(str, RANKS), *map(_view, VIEWS)]
-    large = {**{f"minserve, {key}": key for key in ours_by_ranks}, TORCHSERVE: TORCHSERVE, BARE: BARE}
+    large = {
+        **{f"minserve, {key}": key for key in ours_by_ranks},
+        TORCHSERVE: TORCHSERVE,
+        BARE: BARE,
+        RECEIVER: RECEIVER,
+    }
     samples = {name: _ms(found[LARGE], key) for name, key in large.items()}
     return Findings(rows, [Panel.of("bodies: p50 of 16 MiB, 1 client, by ranks", "ms", samples)])
 
@@ -96,6 +104,7 @@ def _rows(size: int, loads: Loads) -> list[Row]:
         ours, what = _view(8), "8 ranks, a view"
         rows.append(row(ours, what, "1 rank, a view", _view(1), Aim("≤", 1.3), headline=True))
         rows.append(row(ours, what, MEMCPY, MEMCPY, Aim("≤", 3)))
+        rows.append(row(ours, what, RECEIVER, RECEIVER))
         rows.append(row(ours, what, BARE, BARE))
     return rows
 

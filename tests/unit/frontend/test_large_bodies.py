@@ -147,7 +147,18 @@ async def cut_short(client: Raw, held: list[Request]) -> None:
 
 async def stalled(client: Raw, held: list[Request]) -> None:
     client.send(HEAD + LENGTH + BODY[:100])
-    assert (await client.answer())[0] == 408
+    status, _, text = await client.answer()
+    assert status == 408
+    assert b"; 100 of its %d bytes had arrived" % SIZE in text
+
+
+async def stalled_after_its_head(client: Raw, held: list[Request]) -> None:
+    client.send(HEAD + b"Expect: 100-continue\r\n" + LENGTH)
+    assert (await client.answer())[0] == 100
+    client.send(BODY[:100])
+    status, _, text = await client.answer()
+    assert status == 408
+    assert b"; 100 of its %d bytes had arrived" % SIZE in text
 
 
 async def streamed(client: Raw, held: list[Request]) -> None:
@@ -158,7 +169,20 @@ async def streamed(client: Raw, held: list[Request]) -> None:
     held[0].answer(Answer(0, 0), b"")
 
 
-@pytest.mark.parametrize("ends", [answered, failed, expired, left, left_amid_its_body, cut_short, stalled, streamed])
+@pytest.mark.parametrize(
+    "ends",
+    [
+        answered,
+        failed,
+        expired,
+        left,
+        left_amid_its_body,
+        cut_short,
+        stalled,
+        stalled_after_its_head,
+        streamed,
+    ],
+)
 async def test_the_arena_is_empty_however_a_request_ends(
     rig: Rig, held: list[Request], ends: Callable[[Raw, list[Request]], Awaitable[None]]
 ) -> None:
