@@ -129,5 +129,7 @@ class Share:
         self._all.give_back(self._size)
         self._size = 0
         if self.segments is not None:
-            for segment in self.segments.values():
+            # Forgotten, too: a connection may know of a share for longer, which would keep the memory.
+            segments, self.segments = self.segments, None
+            for segment in segments.values():
                 segment.release()

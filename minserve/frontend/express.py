@@ -40,8 +40,10 @@ if TYPE_CHECKING:
     from minserve.frontend.lane import LaneHandler
     from minserve.frontend.models import Models
     from minserve.frontend.passage import Headers
+    from minserve.wire.messages import Buffer
 
 EXPRESS: web.AppKey[Express] = web.AppKey("express")  # of an application, where it has one
+MOST_SHARED = 128 * 1024  # bytes of a body that is carried to shared memory: as many may come with one read
 _METHODS = frozenset(METHODS)
 # A name with anything else in it may have to be decoded first.
 _PATH = re.compile(r"/predictions/([\w-][\w.-]*)(?:/([\w-][\w.-]*))?", re.ASCII)
@@ -67,7 +69,7 @@ class Express:
         self._metrics = registry.metrics
         self._in_flight = in_flight
         self._key = key
-        self._largest_request = min(options.max_request_size, MAX_BYTES)
+        self._largest_request = min(options.max_request_size, MOST_SHARED)
         self._largest_answer = min(options.max_response_size, MAX_BYTES)
 
     # ── there ──
@@ -98,15 +100,22 @@ class Express:
             return False
         began, since = perf_counter(), connection.now()
         share = self._in_flight.share()
+        bodies: list[Buffer] = [body]
         try:
             model = self._registry.find(head.model, head.version)
+            arena = model.dispatcher.arena
+            if arena is None and size > MAX_BYTES:
+                return False
             share.grow(size)
         except MinServeError:
             return False
+        if arena is not None and size > MAX_BYTES:
+            share.share_large(bodies, arena)
         passage = Passage(self, connection, head, model, share, began, since)
         meta = RequestMeta(head.id or fresh_id(), headers, (Part("body", head.content_type, size),))
         deadline = since + min(head.timeout, model.spec.request_timeout)
-        passage.asked = asked = Request(meta, [body], deadline, passage, named=head.version is not None)
+        passage.asked = asked = Request(meta, bodies, deadline, passage, named=head.version is not None)
+        asked.segments = share.segments
         connection.carry(passage)
         try:
             model.dispatcher.begin(asked)

@@ -284,6 +284,47 @@ async def test_bodies_count_while_they_are_carried(rig: Rig, held: list[Request]
         assert rig.in_flight.used == 0
 
 
+LARGE = bytes(range(256)) * 400  # over 64 KiB, from which on bodies go through shared memory
+
+
+@with_options(max_request_size=2**20, max_in_flight_bytes=2**20)
+@pytest.mark.parametrize("leaves", [False, True])
+async def test_a_large_body_is_carried_in_shared_memory(rig: Rig, held: list[Request], leaves: bool) -> None:
+    arena = rig.registry.find("m").dispatcher.arena
+    assert arena is not None
+    async with rig.client() as client:
+        one = await connection(rig)
+        one.data_received(post(LARGE))
+        assert carried(held[0])
+        assert held[0].segments is not None
+        same = bytes(held[0].segments[0].view) == bytes(held[0].bodies[0]) == LARGE
+        assert same
+        assert arena.used
+        assert rig.in_flight.used == len(LARGE)
+        if leaves:
+            client.reset()
+        else:
+            held[0].answer(Answer(0, 2), b"ok")
+            assert (await client.answer())[::2] == (200, b"ok")
+        await until(lambda: not arena.used)
+        assert rig.in_flight.used == 0
+
+
+@with_options(max_request_size=2**20, max_in_flight_bytes=2**20)
+@pytest.mark.parametrize("size", [MAX_BYTES, MAX_BYTES + 1])
+async def test_a_large_body_that_would_go_in_a_frame_goes_aiohttps_way(
+    rig: Rig, held: list[Request], size: int
+) -> None:
+    rig.registry.find("m").dispatcher.arena = None
+    async with rig.client() as client:
+        one = await connection(rig)
+        one.data_received(post(LARGE[:size]))
+        await until(lambda: held)
+        assert carried(held[0]) == (size == MAX_BYTES)
+        held[0].answer(Answer(0, 2), b"ok")
+        assert (await client.answer())[::2] == (200, b"ok")
+
+
 async def test_a_refused_request_counts_once_and_is_answered(rig: Rig, monkeypatch: pytest.MonkeyPatch) -> None:
     model = rig.registry.find("m")
     model.dispatcher.refuse(ModelUnhealthy("gave up"))
