@@ -2,6 +2,7 @@
 
 import asyncio
 import itertools
+import random
 import ssl
 from collections.abc import Awaitable, Callable
 
@@ -226,6 +227,34 @@ async def test_a_large_body_leaves_others_their_turn(rig: Rig, taken: list[int])
         looking = False
         await other
     assert max(after - before for before, after in itertools.pairwise(turns)) < TURN + STEP
+
+
+async def test_bodies_of_many_clients_are_not_mixed_up(rig: Rig, taken: list[int]) -> None:
+    """Some leave amid a body, some send in pieces; the memory of one is the next one's."""
+    chance = random.Random(1)
+
+    async def be_client(name: int) -> None:
+        for number in range(6):
+            async with rig.client() as client:
+                for again in range(2):
+                    body = bytes([name, number, again]) * chance.randrange(20_000, 300_000)
+                    data = request_of(body)
+                    piece = chance.choice([len(data), 50_000, 200_000])
+                    if chance.random() < 0.2:
+                        client.send(data[: len(data) * 2 // 3])
+                        await client.writer.drain()
+                        client.reset()
+                        break
+                    for start in range(0, len(data), piece):
+                        client.send(data[start : start + piece])
+                        await asyncio.sleep(0)
+                    assert await same(client.answer(), body)
+
+    await asyncio.gather(*map(be_client, range(8)))
+    await until(lambda: not rig.connections.connections)
+    assert taken
+    assert arena_of(rig).used == 0
+    assert rig.in_flight.used == 0
 
 
 async def test_tls(rig: Rig, taken: list[int]) -> None:
