@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import socket
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, cast
 
@@ -24,6 +23,7 @@ from aiohttp.web_protocol import _ErrInfo
 from minserve.errors import BadRequest, MinServeError
 from minserve.frontend.body import give_up_body
 from minserve.frontend.errors import error_response, from_parser, refusal
+from minserve.frontend.half_closed import abort_if_gone, probe
 from minserve.frontend.headers import REQUEST_ID, request_id
 from minserve.frontend.heads import MAX_HEAD, head_too_large, wrong_with
 from minserve.frontend.intake import WORTH, Intake
@@ -37,30 +37,18 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-MAX_OVERHEAD = (
-    2**19
-)  # bytes that may come around the chunks of a body; what the parser has not looked at yet is among them
+# Bytes that may come around the chunks of a body; what the parser has not looked at yet is among them.
+MAX_OVERHEAD = 2**19
 PIPELINED = 4  # requests that may wait behind the one at work before no more is read: their bodies are counted nowhere
 STREAM_AHEAD = 16384  # bytes of a stream that may wait in this process for the client's socket to take them
-PROBE_S = 0.02
-_TCP_CLOSE = 7  # include/net/tcp_states.h
 
 
 class Connection(LaneHandler):
     """One client's connection."""
 
     __slots__ = (
-        *(
-            "_body",
-            "_ending",
-            "_half_closed",
-            "_head_size",
-            "_options",
-            "_overhead",
-            "_read_timeout",
-            "_seen",
-            "_seen_at",
-        ),
+        *("_body", "_ending", "_half_closed", "_head_size", "_options"),
+        *("_overhead", "_read_timeout", "_seen", "_seen_at"),
     )
 
     _manager: Connections | None
@@ -206,17 +194,15 @@ class Connection(LaneHandler):
     def eof_received(self) -> bool:  # type: ignore[override]  # asyncio asks for it, aiohttp only never had an answer
         """The client sends no more: True leaves the connection open for its answers.
 
-        Whether it still reads (`nc -N`, shutdown(SHUT_WR)) or has gone cannot be told from the FIN, which is the same. It
-        can be told from what answers to a byte of ours, nothing or a reset; and a byte that HTTP/1.1 allows at any time
-        before an answer, and that a client who did not ask for it ignores, is the interim 100 (RFC 9110 section 15.2.1).
-        Once an answer has begun, and for HTTP/1.0, there is no such byte, and the FIN counts as a client that leaves: that
+        By HTTP/1.0, and once an answer has begun, nothing can be sent to probe it, and it counts as one that leaves: that
         one who has left holds no place in the queue weighs more.
         """
         self.give_early()
         starting = self._waiter is not None
         if starting and not self._messages:
             return False  # nothing to answer
-        if self.transport is not None and self.transport.get_extra_info("sslcontext") is not None:
+        transport = self.transport
+        if transport is None or transport.get_extra_info("sslcontext") is not None:
             return False  # TLS ends in both directions at once
         self._half_closed = True
         if self._messages and not self._messages[-1][1].is_eof():
@@ -231,7 +217,7 @@ class Connection(LaneHandler):
         if not isinstance(first, _ErrInfo):
             if first.version < HttpVersion11:
                 return False
-            self._probe()
+            probe(transport, self._loop)
         return True
 
     def _ended_at_work(self) -> None:
@@ -245,31 +231,16 @@ class Connection(LaneHandler):
         elif self._body.exception() is None:  # else it was broken off already: the loop may tell of one end twice
             if not self._messages:
                 self.close()
-            if request is not None:  # else what there is, is an answer on its way out
-                if request.writer.output_size or request.version < HttpVersion11:
-                    self.transport.abort()
-                else:
-                    self._probe()
+            if request is not None:
+                too_late = request.writer.output_size > 0 or request.version < HttpVersion11
             elif self._carried is not None:
-                if self._carried.sent:
-                    self.transport.abort()
-                else:
-                    self._probe()
-
-    def _probe(self) -> None:
-        if self.transport is not None:
-            self.transport.write(b"HTTP/1.1 100 Continue\r\n\r\n")
-            self._loop.call_later(PROBE_S, self._abort_if_gone)
-
-    def _abort_if_gone(self) -> None:
-        """Nobody reads a connection whose end has come, so the loop does not notice that it was reset."""
-        if self.transport is None or self.transport.is_closing():
-            return
-        client = self.transport.get_extra_info("socket")
-        if client.family == socket.AF_UNIX:
-            return  # the probe itself has failed then
-        if client.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 1)[0] == _TCP_CLOSE:
-            self.transport.abort()
+                too_late = self._carried.sent > 0
+            else:
+                return  # what there is, is an answer on its way out
+            if too_late:
+                self.transport.abort()
+            else:
+                probe(self.transport, self._loop)
 
     # ── a stream ──
 
@@ -295,7 +266,7 @@ class Connection(LaneHandler):
         if not waiting_for:
             self._seen = None
             if self._half_closed:
-                self._abort_if_gone()
+                abort_if_gone(transport)
         elif self._seen != waiting_for:
             self._seen, self._seen_at = waiting_for, now
         elif now - self._seen_at >= limit:

@@ -179,6 +179,13 @@ class Raw:
             body = await self.reader.readexactly(int(length[1]) if length else 0)
         return status_of(head), head, body
 
+    async def final_answer(self) -> tuple[int, bytes, bytes]:
+        """The answer behind any interim ones."""
+        answer = await self.answer()
+        while answer[0] == 100:
+            answer = await self.answer()
+        return answer
+
     async def rest_of_chunks(self) -> bytes:
         """What comes until the last chunk of an answer in chunks."""
         got = b""

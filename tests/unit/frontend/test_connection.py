@@ -354,98 +354,15 @@ async def test_chunks_of_one_byte_are_taken(rig: Rig) -> None:
         assert (await client.answer())[::2] == (200, b"x" * 100_000)
 
 
-# ── clients that end their direction ──
-
-
-async def final_answer(client: Raw) -> tuple[int, bytes, bytes]:
-    """The answer behind any interim ones."""
-    answer = await client.answer()
-    while answer[0] == 100:
-        answer = await client.answer()
-    return answer
-
-
-@pytest.mark.parametrize("requests", [1, 3])
-async def test_a_client_that_ends_its_direction_gets_its_answers(rig: Rig, requests: int) -> None:
-    async with rig.client() as client:
-        client.send(POST * requests)
-        client.writer.write_eof()
-        for _ in range(requests):
-            assert (await final_answer(client))[0] == 200
-        await rig.pass_time(0)
-        assert await client.rest() == b""
-    assert len(rig.lane.requests) == requests
-
-
-def record_looks(monkeypatch: pytest.MonkeyPatch) -> list[Connection]:
-    """The connections that were found to be still there, or not."""
-    looked: list[Connection] = []
-    look = Connection._abort_if_gone
-
-    def abort_if_gone(connection: Connection) -> None:
-        look(connection)
-        looked.append(connection)
-
-    monkeypatch.setattr(Connection, "_abort_if_gone", abort_if_gone)
-    return looked
-
-
-async def test_a_client_that_ends_its_direction_while_it_waits_gets_its_answer(
-    rig: Rig, held: list[Request], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    looked = record_looks(monkeypatch)
-    async with rig.client() as client:
-        client.send(POST)
-        await until(lambda: held)
-        client.writer.write_eof()
-        assert await client.answer() == (100, b"HTTP/1.1 100 Continue\r\n\r\n", b"")
-        await until(lambda: looked)  # by then one that has gone is found out
-        await rig.pass_time(1)
-        held[0].answer(Answer(0, 2), b"ok")
-        assert (await client.answer())[::2] == (200, b"ok")
-        assert await client.rest() == b""
-
-
-@pytest.mark.parametrize("waits", [True, False], ids=["while it waits", "at once"])
-@pytest.mark.parametrize("pipelined", [1, 2])
-async def test_a_client_that_closes_leaves_the_queue(rig: Rig, waits: bool, pipelined: int) -> None:
-    dispatcher = rig.add("slow")
-    async with rig.client() as client:
-        client.send(POST.replace(b"/m", b"/slow") * pipelined)
-        if waits:
-            await until(lambda: dispatcher.queued == 1)
-        client.writer.close()
-        await until(lambda: rig.connections.requests_count)
-        await until(lambda: not rig.connections.connections)
-    assert dispatcher.queued == 0
-    assert dispatcher._live == set()
-
-
-async def test_a_client_of_http_1_0_that_ends_its_direction_counts_as_gone(rig: Rig) -> None:
-    """There is no interim answer by which it could be told apart from one that has left."""
-    dispatcher = rig.add("slow")
-    async with rig.client() as client:
-        client.send(b"POST /predictions/slow HTTP/1.0\r\n\r\n")
-        await until(lambda: dispatcher.queued == 1)
-        client.writer.write_eof()
-        await until(lambda: dispatcher.queued == 0)
-        assert await client.rest() == b""
-
-
-async def test_a_client_that_ends_its_direction_within_a_head_is_closed(rig: Rig) -> None:
-    async with rig.client() as client:
-        client.send(PING[:-4])
-        client.writer.write_eof()
-        assert await client.rest() == b""
-    await until(lambda: not rig.connections.connections)
+# ── bodies that break off, and clients that leave in the wrong moment ──
 
 
 async def test_a_body_that_ends_too_early_spoils_only_its_own_request(rig: Rig) -> None:
     async with rig.client() as client:
         client.send(POST + HEAD + b"Content-Length: 3\r\n\r\na")
         client.writer.write_eof()
-        assert (await final_answer(client))[0] == 200
-        answer = await final_answer(client)
+        assert (await client.final_answer())[0] == 200
+        answer = await client.final_answer()
         assert answer[0] == 400
         assert message_of(answer) == "the connection ended before the body did"
         assert await client.rest() == b""
@@ -471,8 +388,8 @@ async def test_a_body_that_ends_too_early_does_not_spoil_the_request_at_work(
         client.writer.write_eof()
         assert (await client.answer())[0] == 100
         held[0].answer(Answer(0, 2), b"ok")
-        assert (await final_answer(client))[::2] == (200, b"ok")
-        assert (await final_answer(client))[0] == 400
+        assert (await client.final_answer())[::2] == (200, b"ok")
+        assert (await client.final_answer())[0] == 400
         assert await client.rest() == b""
 
 
@@ -557,25 +474,6 @@ async def test_a_client_that_leaves_just_behind_its_answer_is_closed(rig: Rig, h
         one.eof_received()
         assert (await client.answer())[::2] == (200, b"ok")
         assert await client.rest() == b""
-
-
-async def test_a_client_that_leaves_long_after_it_has_ended_its_direction_leaves_the_queue(
-    rig: Rig, held: list[Request], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    looked = record_looks(monkeypatch)
-    async with rig.client() as client:
-        client.send(POST)
-        await until(lambda: held)
-        client.writer.write_eof()
-        assert (await client.answer())[0] == 100
-        await until(lambda: looked)
-        await rig.pass_time(100)
-        assert rig.connections.connections
-        client.reset()
-        async with asyncio.timeout(10):
-            while rig.connections.connections:
-                await rig.pass_time(1)
-    assert rig.registry.find("m").dispatcher._live == set()
 
 
 async def test_no_client_can_write_to_the_log(rig: Rig, caplog: pytest.LogCaptureFixture) -> None:
