@@ -229,9 +229,8 @@ class Server:
 
     async def _listen_behind_frontends(self, listener: Listener, identity: Identity | None) -> None:
         """Other processes accept there, and come to this one with what is no prediction."""
-        options = self._options.model_copy(
-            update={"access_log": False, "max_connections": sys.maxsize}
-        )  # theirs to keep
+        # Those who accept keep the access log and the limit.
+        options = self._options.model_copy(update={"access_log": False, "max_connections": sys.maxsize})
         app_runner = await self._run(self._application(listener.roles), options)
         assert app_runner.server is not None
         self._frontends = Frontends(

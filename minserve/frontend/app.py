@@ -89,9 +89,8 @@ def combined_app(registry: Registry, options: ServerOptions, keys: Keys | None =
     )
     if options.enable_metrics_api:
         MetricsRoute(registry).add_routes(management)
-    _add_inference(
-        app, routes, registry, options, keys
-    )  # first, as with TorchServe: /models/{model}/invoke is no model's version
+    # First, as with TorchServe: /models/{model}/invoke is no model's version.
+    _add_inference(app, routes, registry, options, keys)
     _add_management(management, registry, options, keys)
     add_not_found(routes)
     return app

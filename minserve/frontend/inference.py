@@ -164,10 +164,8 @@ class Inference:
         headers = headers_of(reply, id_)
         # Without a phrase of the handler's there is none, as with TorchServe.
         if isinstance(reply.body, memoryview):
-            body, reply.body = (
-                reply.body,
-                b"",
-            )  # a request that was carried stays with its connection, and its reply with it
+            # Taken out, for a request that was carried stays with its connection, and its reply with it.
+            body, reply.body = reply.body, b""
             return _Shared(body, status=reply.status, reason=reply.reason, headers=headers)
         return web.Response(body=reply.body, status=reply.status, reason=reply.reason, headers=headers)
 

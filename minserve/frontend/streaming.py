@@ -83,7 +83,7 @@ async def stream_reply(
 
 
 class _Begun(web.StreamResponse):
-    """An answer whose head was written by `frontend.express`, as this one would write it."""
+    """An answer whose head `frontend.express` has written already."""
 
     async def _write_headers(self) -> None:
         pass
@@ -167,9 +167,7 @@ def break_off(request: web.Request) -> None:
     transport = request.transport
     if transport is None:
         return
-    if (
-        request.version < HttpVersion11
-    ):  # has no last chunk that could be missing: only a reset says that this is no end
+    if request.version < HttpVersion11:  # has no last chunk to miss: only a reset says that this is no end
         client = transport.get_extra_info("socket")
         client.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
     transport.abort()

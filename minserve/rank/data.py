@@ -109,9 +109,7 @@ def encode_answer(value: object, index: int) -> Buffer:
         if torch is not None and isinstance(value, torch.Tensor):
             return _save(torch, value)
         return _pretty_json(value)
-    except (
-        Exception
-    ) as error:  # on rank 0 alone, so it must not pass for the handler's own, which would restart the worker
+    except Exception as error:  # on rank 0 alone: taken for the handler's own it would restart the worker
         raise Refused(
             f"Unsupported model output data type: answer {index} is of type {type(value).__name__}: {error}"
         ) from None

@@ -13,9 +13,8 @@ import traceback
 from minserve.wire.messages import Failure
 
 MAX_TRACEBACK = 64 * 1024  # characters; the end of a traceback is what tells
-_BACKEND_TEXT = re.compile(
-    r"\[\S*gloo/\S+:\d+\] |NCCL "
-)  # "[.../gloo/transport/tcp/pair.cc:547] Connection closed by peer"
+# Such as "[.../gloo/transport/tcp/pair.cc:547] Connection closed by peer".
+_BACKEND_TEXT = re.compile(r"\[\S*gloo/\S+:\d+\] |NCCL ")
 # Where torch raises again what a function that it called on another rank has raised there.
 _REMOTE = "torch/distributed/rpc/internal.py"
 MAX_TEXT = 2000  # characters of an exception's text that reach a client

@@ -115,12 +115,8 @@ class CachingMetric:
         try:
             labels = self._labels(dimension_values)
             number = self._number(value)
-        except (
-            TypeError,
-            ValueError,
-            OverflowError,
-            RuntimeError,
-        ) as error:  # the last two: of huge integers, of tensors
+        # The last two come of huge integers and of tensors.
+        except (TypeError, ValueError, OverflowError, RuntimeError) as error:
             logger.error("metric %s is not updated: %s", self.metric_name, error)
             return
         name, unit = _sendable(self.metric_name), _sendable(self.unit)

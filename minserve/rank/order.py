@@ -79,10 +79,10 @@ class Order:
             return None
         if self._follows:
             return self.heard if self.heard is not None and self._may(*self.heard) else None
-        for ready in self.results:  # the first, for an answer that is all but ready should leave
+        if self.results:
+            ready = next(iter(self.results))  # before a new batch, for an answer that is all but ready should leave
             if self._may(ready, False):
                 return Move(ready, False)
-            break
         seq = self.started + 1
         return Move(seq, True) if seq in self.waiting and self._may(seq, True) and not self._holds_back(seq) else None
 

@@ -191,9 +191,8 @@ class Tasks:
             stream.grant(unpack(Step, frame.meta).step)
         elif frame.kind is Kind.CANCEL and stream is not None and task is not None:
             stream.cancel()
-            asyncio.get_running_loop().call_soon(
-                task.cancel
-            )  # not before it has begun: it would tell nobody of its end
+            # Not before it has begun: it would tell nobody of its end.
+            asyncio.get_running_loop().call_soon(task.cancel)
         elif frame.kind is Kind.SHUTDOWN:
             self._end.set_result(0)
         # CONTINUE is for ranks that wait for others.

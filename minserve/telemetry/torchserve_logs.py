@@ -22,10 +22,8 @@ if TYPE_CHECKING:
 SERVER = logging.getLogger("org.pytorch.serve.ModelServer")
 ACCESS_LOG = "minserve.access"
 MODEL_LOG = OUTPUT
-TRACEBACKS = (
-    "minserve.worker.group",
-    "minserve.worker.failures",
-)  # of handlers: their authors look into the model's log
+# Those who log tracebacks of handlers, whose authors look into the model's log.
+TRACEBACKS = ("minserve.worker.group", "minserve.worker.failures")
 TS_METRICS = "ts_metrics"
 MODEL_METRICS = "model_metrics"
 LEVELS = {"WARNING": "WARN", "CRITICAL": "FATAL"}

@@ -45,7 +45,7 @@ if TYPE_CHECKING:
 
 # Up to here one copy of the whole frame costs less than handing its pieces to every link.
 SMALL_BYTES = 16 * 1024
-_ANSWERS = frozenset({Kind.REPLY, Kind.CHUNK})
+_ANSWERS = frozenset({Kind.REPLY, Kind.CHUNK})  # told by one look-up: each `Kind.X` costs as much as a call
 
 
 class Broadcast:

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-LOOK_S = 0.01  # at ranks that have only to come to the end of a batch
+LOOK_S = 0.01  # how often it is looked whether ranks that report nothing have come to the end of a batch
 
 
 class Failures:
@@ -88,14 +88,12 @@ class Failures:
         if failure.kind == "refused":  # by minserve, after handle returned: every rank is in step
             self._answer_failed(batch, link, failure)
             return True
-        if (
-            failure.kind == "chunk"
-        ):  # the stream goes on for nobody, so that the ranks stay in step, until it is cancelled
+        if failure.kind == "chunk":  # the stream goes on until it is cancelled, so that the ranks stay in step
             self._answer_failed(batch, link, failure)
             return False
         batch.failures[link.rank] = failure
-        passed_on = len(failure.needs) < len(self._links)
-        raised = self._links[failure.origin] if passed_on else link
+        in_pipeline = len(failure.needs) < len(self._links)
+        raised = self._links[failure.origin] if in_pipeline else link
         batch.causes.append(_cause(raised, failure, self._clock.time(), probe=not batch.requests))
         self.causes.append(batch.causes[-1])
         if _in_step(batch, failure) and batch.requests:

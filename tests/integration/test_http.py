@@ -159,9 +159,8 @@ def test_300_idle_connections_are_closed_and_disturb_nobody(running: RunningServ
 def test_one_connection_too_many_is_a_503_and_the_other_port_is_free(running: RunningServer, address: Address) -> None:
     head = b""
     deadline = time.monotonic() + DEADLINE_S
-    while not head.startswith(
-        b"HTTP/1.1 503 "
-    ):  # else the first ones were closed for their silence before the last came
+    # Once more where the first ones were closed for their silence before the last came.
+    while not head.startswith(b"HTTP/1.1 503 "):
         assert time.monotonic() < deadline
         with ExitStack() as stack:
             clients = [connect(address, stack) for _ in range(MAX_CONNECTIONS + 20)]
