@@ -107,7 +107,7 @@ class BodyReader:
         try:
             async with asyncio.timeout_at(min(limit, deadline)):
                 while True:
-                    if place is not None and size == content.total_bytes:  # the parser holds none of it
+                    if place is not None and size == content.total_bytes:  # all that the parser has had
                         await cast("Connection", request.protocol).receive(content, place[size:])
                     if not (chunk := await content.readany()):
                         break

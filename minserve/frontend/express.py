@@ -43,7 +43,7 @@ if TYPE_CHECKING:
     from minserve.wire.messages import Buffer
 
 EXPRESS: web.AppKey[Express] = web.AppKey("express")  # of an application, where it has one
-MOST_SHARED = 128 * 1024  # bytes of a body that is carried to shared memory: as many may come with one read
+MOST_SHARED = 128 * 1024  # bytes of a body where there is shared memory: as many may come with one read
 _METHODS = frozenset(METHODS)
 # A name with anything else in it may have to be decoded first.
 _PATH = re.compile(r"/predictions/([\w-][\w.-]*)(?:/([\w-][\w.-]*))?", re.ASCII)

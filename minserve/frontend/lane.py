@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from minserve.frontend.passage import Carrier, Head, Passage
 
 MAX_KNOWN = 4096  # bytes of a head that is kept: each connection may keep one
-# Of an answer, and of a body that is carried in a frame: less than what transports hold without a complaint.
+# Of an answer, and of a body where there is no shared memory: less than what transports hold without a complaint.
 MAX_BYTES = 32 * 1024
 HOLD_S = 0.01  # for the body behind a head; then aiohttp waits for it
 

@@ -28,7 +28,7 @@ def main() -> None:
 
 
 def _answered(client: socket.socket, place: memoryview) -> bool:
-    head, begun = b"", b""
+    head = b""
     while b"\r\n\r\n" not in head:
         received = client.recv(STEP)
         if not received:
