@@ -112,7 +112,7 @@ class Pipeline:
 
         Raises:
             StageError: a stage raised. On its own rank, on every later one and on the first, so that all ranks leave
-                the batch in step; those in between have done their part and return None.
+                the batch in step; those in between have done their part and return None, but raise it in a further run.
             RuntimeError, torch.distributed.DistError: the group is broken; the ranks are not in step any more.
         """
         if self.stages == 1:
