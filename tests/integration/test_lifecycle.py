@@ -41,7 +41,8 @@ def never_ready(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunningSer
     late = tmp_path_factory.mktemp("late") / "late"
     shutil.copytree(DEMO_MODELS / "echo-tp", late)
     with (late / "model-config.yaml").open("a") as config:
-        config.write("maxRetryTimeoutInSec: 0\nminserve: {acceptTimeout: 0.2}\n")
+        # Ranks that are forked may connect within that time.
+        config.write("maxRetryTimeoutInSec: 0\nminserve: {acceptTimeout: 0.2, launcher: torchrun}\n")
     with server(MODELS / "badload", MODELS / "waits", late, DEMO_MODELS / "echo") as running:
         yield running
 
