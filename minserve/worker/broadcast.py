@@ -336,7 +336,7 @@ class Broadcast:
 
     def _clients_changed(self, batch: Outstanding) -> None:
         """A client has more or less to read, or has left: the ranks may go on, or must wait, and the clock with them."""
-        if batch.seq not in self._outstanding:
+        if batch.seq not in self._outstanding or batch.leaving is not None:  # its clients have had their error
             return
         self._streams.govern(batch)
         self._time.stepped(batch)
@@ -344,6 +344,8 @@ class Broadcast:
     def _failed(self, link: RankLink, batch: Outstanding, failure: Failure) -> None:
         if self._failures.report(link, batch, failure):
             self._finish(batch)
+        elif batch.leaving is not None:
+            self._streams.let_go_on(batch)
         elif failure.kind == "chunk":  # its clients have had their answer, and wait for nothing more
             self._clients_changed(batch)
 

@@ -131,13 +131,17 @@ class Failures:
             raise WireError(f"ERROR says that the stream of batch {batch.seq} was cancelled, which it was not")
         batch.failures[link.rank] = failure
         batch.causes.append(_cause(link, failure, self._clock.time()))
-        if len(batch.failures) < len(self._links):
+        if batch.leaving is not None:  # it has come to the end of what was granted before it could hear of the failure
+            over = self._all_have_left(batch)
+        elif len(batch.failures) < len(self._links):
             return False
-        if _in_step(batch, failure):
+        else:
+            over = _in_step(batch, failure)
+        if over:
             self._let_continue(batch)
-            return True
-        self.out_of_step(batch)
-        return False
+        elif batch.leaving is None:
+            self.out_of_step(batch)
+        return over
 
     def _let_continue(self, batch: Outstanding) -> None:
         """Every rank has left the batch at the same place: they may go on."""
@@ -227,8 +231,10 @@ def _in_step(batch: Outstanding, failure: Failure) -> bool:
     """Whether every rank that must report has reported this same failure, and the group can go on after it."""
     if any(report.kind in ("collective", "device") for report in batch.failures.values()):
         return False
+    # Of the ranks that need not report it one may have come to where the stream was cancelled: it has left, too.
+    reports = [report for rank, report in batch.failures.items() if rank in failure.needs or report.kind != "cancelled"]
     # The same line may be in a loop with a collective: the ranks are in step only if they went round as often.
-    kinds = {(report.type_name, report.place, report.collectives) for report in batch.failures.values()}
+    kinds = {(report.type_name, report.place, report.collectives) for report in reports}
     return len(kinds) == 1 and batch.failures.keys() >= set(failure.needs)
 
 

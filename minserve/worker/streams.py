@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 AHEAD = 8  # steps for each that came with the last read of rank 0's link
 # To the end of what was granted the ranks go when their clients have left, and steps may have become slow.
 MOST_AHEAD = 64
+WITHOUT_END = 2**62
 
 
 class Streams:
@@ -59,6 +60,12 @@ class Streams:
         ahead = self._fixed or min(AHEAD * batch.burst, MOST_AHEAD)
         if room and batch.granted - batch.step <= ahead // 2:  # not with each step
             batch.granted = batch.step + ahead
+            self._tell(Kind.GRANT, batch, batch.granted)
+
+    def let_go_on(self, batch: Outstanding) -> None:
+        """Its clients have had an error. A rank that has not heard of it is to come to where it does, waiting for nobody."""
+        if not batch.cancelled and batch.granted < WITHOUT_END:
+            batch.granted = WITHOUT_END
             self._tell(Kind.GRANT, batch, batch.granted)
 
     def _may_cancel(self, batch: Outstanding) -> bool:

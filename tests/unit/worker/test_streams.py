@@ -4,12 +4,13 @@ import itertools
 
 import pytest
 
+from minserve.dispatch.request import Request
 from minserve.errors import DeadlineExceeded, HandlerError, WireError
 from minserve.telemetry.events import EventKind
 from minserve.wire.frames import Kind
 from minserve.wire.messages import Batch, unpack
 from minserve.worker import streams
-from tests.unit.worker.broadcasts import AHEAD, BUFFER, TIMEOUT, Group, error_of, failure, reply_frame
+from tests.unit.worker.broadcasts import AHEAD, BUFFER, GRACE, TIMEOUT, Group, error_of, failure, reply_frame
 
 pytestmark = pytest.mark.asyncio
 
@@ -352,3 +353,61 @@ async def test_an_earlier_batch_has_its_limit_anew_once_a_stream_beside_it_has_e
     assert group.broken == []
     group.clock.advance(0.2)
     assert [cause.detail for cause in group.broken] == ["did not finish batch 2 within 10 s"]
+
+
+def failed_between(stream_ahead: int = AHEAD) -> tuple[Group, Request]:
+    """A stream of a pipeline of three whose last stage has failed; rank 1, in front of it, has not heard of it."""
+    group = Group(ranks=3, stream_ahead=stream_ahead)
+    group.inside = {0, 1, 2}
+    group.steps = {0: 1, 1: 1, 2: 1}
+    (client,) = group.send(b"a")
+    group.chunk(1, (0, b"c" * BUFFER))  # the client does not keep up: no more is granted
+    passed_on = failure(needs=(0,), origin=2)
+    group.error(2, 1, passed_on)
+    group.error(0, 1, passed_on)
+    return group, client
+
+
+async def test_a_stage_that_waits_for_its_grant_when_a_later_one_fails_comes_to_where_it_hears_of_it() -> None:
+    """Nobody's chunk would ever bring that grant."""
+    group, _ = failed_between(stream_ahead=1)
+    (*_, granted) = group.told(Kind.GRANT, rank=1)
+    assert granted > 2**40
+    group.error(1, 1, failure(needs=(0,), origin=2))
+    assert group.continued(1) == [1]
+    assert group.broken == []
+
+
+async def test_a_client_that_reads_what_came_before_a_failure_cancels_no_batch_that_ranks_are_leaving() -> None:
+    group, client = failed_between()
+    stream = client.reply.result().stream
+    assert stream is not None
+    assert len(await stream.take(1)) == 1
+    assert group.told(Kind.CANCEL) == []
+    group.inside = set()
+    group.clock.advance(GRACE / 2)
+    assert group.continued(1) == [1]
+    assert [kind for kind, _ in group.events] == [EventKind.HANDLER_ERROR]
+
+
+@pytest.mark.parametrize("order", list(itertools.permutations(range(3))))
+async def test_a_failure_at_the_very_step_behind_which_a_stream_was_cancelled_is_in_step(
+    order: tuple[int, ...],
+) -> None:
+    """The stage in front of the one that failed comes to the end of what was granted, and hears of no failure."""
+    group = Group(ranks=3)
+    group.inside = {0, 1, 2}
+    group.steps = {0: 1, 1: 1, 2: 1}
+    (client,) = group.send(b"a")
+    group.chunk(1, (0, b"c"))
+    assert client.stream is not None
+    client.stream.mute()
+    assert group.told(Kind.CANCEL) == [AHEAD]
+    for rank in order:
+        assert group.continued(0) == []
+        if rank == 1:
+            cancelled(group, rank, 1)
+        else:
+            group.error(rank, 1, failure(needs=(0,), origin=2))
+    assert [group.continued(rank) for rank in range(3)] == [[1]] * 3
+    assert group.broken == []
