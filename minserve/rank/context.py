@@ -206,7 +206,9 @@ class BatchContext(Context):
             common.metrics.begin_batch(self._requests)
 
     def __getattr__(self, name: str) -> object:
-        return getattr(vars(self)["_common"], name)  # only what it has not itself is looked for here
+        if "_common" not in vars(self):
+            raise AttributeError(name)  # copy.copy asks a new one that has nothing yet
+        return getattr(self._common, name)  # only what it has not itself is looked for here
 
     def __setattr__(self, name: str, value: object) -> None:
         if name in _OF_A_BATCH:

@@ -256,3 +256,16 @@ def test_a_batch_beside_others_shares_what_a_handler_has_put_in_the_place_of_the
     other.begin_batch([META])
     assert common.metrics is its_own
     assert other.metrics.request_ids == {0: "abc"}
+
+
+def test_a_plain_copy_of_a_batchs_context_is_of_that_batch() -> None:
+    common = context()
+    one = BatchContext(common)
+    one.begin_batch([META, META])
+    other = copy.copy(one)
+    BatchContext(common).begin_batch([RequestMeta("next", (), ())])
+    other.set_response_status(418, idx=1)
+    assert one.get_response_status(1) == (418, "")
+    assert not are_plain(one)
+    assert other.request_ids == {0: "abc", 1: "abc"}
+    assert other.model_name == "m"
