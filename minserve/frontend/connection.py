@@ -20,7 +20,7 @@ from aiohttp import HttpVersion11, web
 from aiohttp.streams import EMPTY_PAYLOAD, StreamReader
 from aiohttp.web_protocol import _ErrInfo
 
-from minserve.errors import BadRequest, MinServeError
+from minserve.errors import BadRequest, Draining, MinServeError
 from minserve.frontend.body import give_up_body
 from minserve.frontend.errors import error_response, from_parser, refusal
 from minserve.frontend.half_closed import abort_if_gone, probe
@@ -176,6 +176,18 @@ class Connection(LaneHandler):
         response.headers[REQUEST_ID] = request_id(request.headers)
         response.force_close()
         return response
+
+    # ── the end of the server ──
+
+    async def shutdown(self, timeout: float | None = 15.0) -> None:
+        """Ends the connection, once a request at work has its answer.
+
+        aiohttp looks at nothing that comes from now on: a body that is not whole would be waited for in vain.
+        """
+        request = self._current_request
+        if request is not None and request.content is self._body and not self._body.is_eof():
+            give_up_body(request, Draining("the server is shutting down; the body had not arrived"))
+        await super().shutdown(timeout)
 
     # ── a body past the parser ──
 

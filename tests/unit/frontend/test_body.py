@@ -1,3 +1,4 @@
+import asyncio
 import json
 
 import pytest
@@ -214,6 +215,19 @@ async def test_a_body_that_breaks_off_is_a_400(rig: Rig, rest: bytes) -> None:
     assert b"Connection: close" in head
     assert json.loads(body)["message"] == "the connection ended before the body did"
     assert rig.lane.requests == []
+
+
+@pytest.mark.parametrize("rest", [b"Content-Length: 10\r\n\r\nabc", b"Transfer-Encoding: chunked\r\n\r\n3\r\nabc\r\n"])
+async def test_the_end_of_a_server_does_not_wait_for_a_body(rig: Rig, rest: bytes) -> None:
+    async with rig.client() as client:
+        client.send(b"POST /predictions/m HTTP/1.1\r\nHost: x\r\n" + rest)
+        await until(lambda: [one._current_request for one in rig.connections.connections if one._current_request])
+        ending = asyncio.create_task(rig.inference.close())
+        status, _, body = await client.answer()
+        assert status == 503
+        assert b"the server is shutting down" in body
+        assert await client.rest() == b""
+        await ending
 
 
 async def test_bad_chunks_are_a_400_that_ends_the_connection(rig: Rig) -> None:

@@ -191,6 +191,17 @@ async def test_a_client_that_leaves_amid_its_body_holds_nothing(
     assert not rig.lane.requests
 
 
+async def test_the_end_of_a_server_does_not_wait_for_a_body(rig: Rig, taken: list[int]) -> None:
+    async with rig.client() as client:
+        await half_of_a_body(rig, client, taken)
+        ending = asyncio.create_task(rig.inference.close())
+        assert (await client.answer())[0] == 503
+        assert await client.rest() == b""
+        await ending
+    assert arena_of(rig).used == 0
+    assert rig.in_flight.used == 0
+
+
 async def test_nothing_is_written_to_memory_that_was_given_back(rig: Rig, taken: list[int]) -> None:
     """The request is cancelled while its client goes on to send."""
     async with rig.client() as client:
