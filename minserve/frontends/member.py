@@ -148,7 +148,9 @@ class Member:
     # ── what it sends ──
 
     async def gather(self) -> None:
-        """Waits until it has told what it has measured."""
+        """Waits until it has told what it has measured until now."""
+        if self._gathered is not None:  # perhaps its answer is under way, with less in it
+            await asyncio.shield(self._gathered)
         if self.opened.is_set():
             await asyncio.shield(self._ask())  # several may wait
 
