@@ -94,8 +94,8 @@ def _guard_forks(agent: int) -> set[int]:
 
     def in_rank() -> None:
         if os.getppid() == agent:
-            made.update(number for number, file in forked.open_files().items() if file not in before)
             forked.reset_signals()
+            made.update(number for number, file in forked.open_files().items() if file not in before)
 
     os.register_at_fork(before=block, after_in_parent=in_agent, after_in_child=in_rank)
     return made
