@@ -17,9 +17,7 @@ if TYPE_CHECKING:
 # Unsent bytes up to which a link takes another batch. About one scratch buffer of a rank: enough that it never waits for
 # the server, little enough that a slow rank is felt after a batch or two.
 ROOM_BYTES = 256 * 1024
-# Small frames that may wait for a flush: they must not pass that mark unseen, nor the ranks stand idle until a long turn of
-# the loop is over.
-LATER_PIECES = 4
+LATER_PIECES = 16  # of small frames: what waits for a flush must not pass the mark unseen
 MAX_REPLY_BYTES = 2**31  # a sanity bound on what a rank's frame may claim, not a limit for handlers
 
 
