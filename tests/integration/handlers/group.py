@@ -6,6 +6,7 @@ thread pools half-alive.
 
 from __future__ import annotations
 
+import contextlib
 import io
 import multiprocessing
 import os
@@ -43,7 +44,7 @@ def run_group(
     deadline = time.monotonic() + timeout
     ranks = []
     for rank in range(world):
-        ours, theirs = _context.Pipe(duplex=False)
+        ours, theirs = _context.Pipe()
         process = _context.Process(
             target=_rank, args=(theirs, tmp_path / "store", rank, world, environ, function, args)
         )
@@ -53,11 +54,12 @@ def run_group(
     try:
         return [_result(rank, pipe, deadline) for rank, (_, pipe) in enumerate(ranks)]
     finally:
-        for process, pipe in ranks:
+        for _, pipe in ranks:
+            pipe.close()
+        for process, _ in ranks:
             process.join(1)  # a rank that has answered only has to leave the group
             process.kill()
             process.join()
-            pipe.close()
 
 
 def _result(rank: int, pipe: Connection, deadline: float) -> Any:
@@ -95,4 +97,6 @@ def _rank(
     torch.save(answer, answer_bytes)
     pipe.send_bytes(answer_bytes.getvalue())
     if dist.is_initialized():  # else the function has left it
+        with contextlib.suppress(EOFError):
+            pipe.recv_bytes()  # until all have answered: others may still be making a group with this one
         dist.destroy_process_group()
