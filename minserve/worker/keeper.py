@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import gc
 import logging
 from typing import TYPE_CHECKING
 
@@ -153,6 +154,7 @@ class Keeper:
                     await self.worker.stop(0.0)
             ready = False
             self._on_change()
+            gc.collect()  # a group that has ended is all cycles, with its links' buffers; by itself it would come late
             delay, verdict = self._window.failed(self.worker.served), ""
             if self._same_error.failed(error.load_error, files):
                 delay, verdict = None, f" ({SAME_LOAD_ERRORS} starts in a row, and no file of the model has changed)"

@@ -1,6 +1,8 @@
 """Restarts, their end, and what is told about them, over a supervisor with one worker."""
 
 import asyncio
+import gc
+import weakref
 
 import pytest
 
@@ -41,6 +43,29 @@ async def test_a_worker_that_fails_is_started_again_after_a_back_off() -> None:
     kinds = house.kinds()
     assert kinds == [EventKind.READY, EventKind.RANK_DIED, EventKind.RESTART] * 3 + [EventKind.READY]
     assert house.details(EventKind.RESTART) == ["restart in 1 s", "restart in 3 s", "restart in 3 s"]
+    await house.supervisor.stop(1)
+
+
+class Cycle:
+    """As a group that has ended: its parts know each other."""
+
+    def __init__(self) -> None:
+        self.part = self
+
+
+@in_fake_time
+async def test_what_a_failed_group_leaves_is_given_back_with_each_restart() -> None:
+    house = House(crew_spec(backoff=(0.0,)))
+    group = await started(house)
+    gc.disable()  # by itself it comes whenever enough has gathered
+    try:
+        left = weakref.ref(Cycle())
+        group.fail(WorkerFailed("m/0: rank 1 died"))
+        await settle()
+        assert house.states == "0:READY"
+        assert left() is None
+    finally:
+        gc.enable()
     await house.supervisor.stop(1)
 
 
