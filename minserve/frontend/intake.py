@@ -71,7 +71,7 @@ class Intake(asyncio.BufferedProtocol):
         elif self._turn >= TURN and self._connection.transport is not None:
             self._turn = 0
             self._connection.transport.pause_reading()
-            self._connection._loop.call_soon(self._go_on)
+            asyncio.get_running_loop().call_soon(self._go_on)
 
     def _go_on(self) -> None:
         if len(self._rest) and self._connection.transport is not None:

@@ -156,7 +156,7 @@ class RelayedStream(Stream):
     __slots__ = ("_number", "_taken", "_uplink", "stall_timeout")
 
     def __init__(self, number: int, uplink: Uplink, stall_timeout: float) -> None:
-        super().__init__(2 * AHEAD, self._changed)  # never reached: the server sends no more than AHEAD and a chunk
+        super().__init__(2 * AHEAD, self._changed)  # nobody looks: the server sends no more than AHEAD and a chunk
         self._number = number
         self._uplink = uplink
         self._taken = 0

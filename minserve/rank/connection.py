@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 from minserve.errors import WireError
 from minserve.wire.arena import SHARE_FROM
-from minserve.wire.frames import FROM_SERVER, HEADER, FrameReader, Kind
+from minserve.wire.frames import FROM_SERVER, HEADER, SMALL_BYTES, FrameReader, Kind
 from minserve.wire.messages import Hello, pack, pack_with_body
 
 if TYPE_CHECKING:
@@ -25,7 +25,6 @@ MAX_BATCH_BYTES = 2**33  # a sanity bound; the server has its own limit on bodie
 REST_MS = 500
 MAX_PIECES = 512  # IOV_MAX is 1024 on Linux
 MOST_DESCRIPTORS = 4
-SMALL_BYTES = 16 * 1024
 
 
 class Disconnected(Exception):
@@ -91,11 +90,14 @@ class Connection:
             Disconnected: the server has closed the link.
             WireError: the bytes are no frame.
         """
+        self._fill()
+        return self._frames.popleft()
+
+    def _fill(self) -> None:
         while not self._frames:
             if not (self.spin and self._spun()):
                 self._wait()
             self._read()
-        return self._frames.popleft()
 
     def _wait(self) -> None:
         """Sleeps until something has come. Rank 0 wakes up now and then while it has memory to give back.
@@ -126,10 +128,7 @@ class Connection:
             Disconnected: the server has closed the link.
             WireError: the bytes are no frame.
         """
-        while not self._frames:
-            if not (self.spin and self._spun()):
-                self._wait()
-            self._read()
+        self._fill()
         frames = list(self._frames)
         self._frames.clear()
         return frames
@@ -210,7 +209,7 @@ class Connection:
 
     def _send_all(self, pieces: list[Buffer]) -> None:
         size = sum(map(len, pieces))
-        if size <= SMALL_BYTES and len(pieces) > 2:  # a copy costs less than the kernel takes for each piece
+        if size <= SMALL_BYTES and len(pieces) > 2:
             pieces = [b"".join(pieces)]
         sent = self.socket.sendmsg(pieces)
         if sent == size:

@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 HEADER = struct.Struct("<HBBIQQ")
 MAGIC = 0x4D53  # "SM" on the wire
 MAX_META_BYTES = 64 * 1024 * 1024  # a batch's headers and part names; far above any real one, far below memory
+SMALL_BYTES = 16 * 1024  # up to here one copy of a whole frame costs less than handing its pieces to each socket
 SCRATCH_BYTES = 256 * 1024  # what uvloop and a unix socket move in one read
 
 

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 from minserve.errors import BadRequest, MinServeError, ResponseTimeout, WireError
 from minserve.telemetry.events import EventKind
 from minserve.telemetry.meters import unwatched
-from minserve.wire.frames import MAX_META_BYTES, PROBE, Kind
+from minserve.wire.frames import MAX_META_BYTES, PROBE, SMALL_BYTES, Kind
 from minserve.wire.messages import Answers, Failure, new_batch, pack, pack_with_body, unpack
 from minserve.worker.blame import Cause, culprit
 from minserve.worker.failures import Failures
@@ -43,8 +43,6 @@ if TYPE_CHECKING:
     from minserve.worker.outstanding import Limits, RankLink
     from minserve.worker.recorder import Recorder
 
-# Up to here one copy of the whole frame costs less than handing its pieces to every link.
-SMALL_BYTES = 16 * 1024
 _ANSWERS = frozenset({Kind.REPLY, Kind.CHUNK})  # told by one look-up: each `Kind.X` costs as much as a call
 
 

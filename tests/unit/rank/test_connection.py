@@ -10,9 +10,9 @@ from typing import cast
 import pytest
 
 from minserve.errors import WireError
-from minserve.rank.connection import MAX_PIECES, REST_MS, SMALL_BYTES, Connection, Disconnected
+from minserve.rank.connection import MAX_PIECES, REST_MS, Connection, Disconnected
 from minserve.rank.memory import Replies
-from minserve.wire.frames import FROM_RANK, Frame, FrameReader, Kind, encode
+from minserve.wire.frames import FROM_RANK, SMALL_BYTES, Frame, FrameReader, Kind, encode
 from minserve.wire.messages import Answer, Answers, Buffer, Hello, Progress, unpack
 from tests.fakes import feed
 from tests.unit.rank.rig import Running, launch
